@@ -1,0 +1,251 @@
+"""The configuration as dataclasses. The string below each field is its ``--help`` text.
+
+Nothing here imports torch, so that a configuration can be read and refused in milliseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+VOCABULARY_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this, which does not depend on the tensor-parallel size."""
+
+
+@dataclass
+class RopeScaling:
+    """Scaling of the rotary frequencies for contexts longer than the trained one."""
+
+    type: Literal["linear", "llama3"]
+    """linear: positions divided by the factor. llama3: only low frequencies are (Llama 3.1)."""
+    factor: float
+    """How many times longer the context becomes."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original length / this are scaled in full."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original length / this are left alone."""
+    original_max_position_embeddings: int = 8192
+    """llama3: the context length before scaling."""
+
+
+@dataclass
+class ModelConfig:
+    """Shape of the model. A preset fills these fields; fields given beside it win."""
+
+    family: Literal["llama", "gpt2"]
+    """llama: RMSNorm, rotary positions, SwiGLU. gpt2: LayerNorm, learned positions, GELU, biases."""
+    num_layers: int
+    """Transformer layers."""
+    hidden_size: int
+    """Width of the residual stream."""
+    num_attention_heads: int
+    """Query heads."""
+    vocab_size: int
+    """True size of the vocabulary; it is padded inside the program only."""
+    max_position_embeddings: int
+    """Longest sequence."""
+    preset: str | None = None
+    """A named shape: see megatron_med/config/presets.py."""
+    num_query_groups: int = 0
+    """Key/value heads (grouped-query attention). 0: as many as query heads."""
+    head_dim: int = 0
+    """Width of one head. 0: hidden_size / num_attention_heads."""
+    ffn_hidden_size: int = 0
+    """Width of the MLP. 0: 4 x hidden_size."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights; residual outputs are divided by sqrt(2 x num_layers)."""
+    norm_eps: float = 1.0e-5
+    """Epsilon of RMSNorm and LayerNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies (llama)."""
+    rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies (llama)."""
+    tie_embeddings: bool | None = None
+    """One weight for embedding and head. null: true for gpt2, false for llama."""
+    embedding_dropout: float = 0.0
+    """Dropout after the embedding (gpt2)."""
+    hidden_dropout: float = 0.0
+    """Dropout on the outputs of attention and MLP (gpt2)."""
+    attention_dropout: float = 0.0
+    """Dropout on the attention probabilities (gpt2)."""
+
+    def __post_init__(self) -> None:
+        self.num_query_groups = self.num_query_groups or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // max(1, self.num_attention_heads)
+        self.ffn_hidden_size = self.ffn_hidden_size or 4 * self.hidden_size
+        if self.tie_embeddings is None:
+            self.tie_embeddings = self.family == "gpt2"
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """vocab_size rounded up to a multiple of VOCABULARY_MULTIPLE."""
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    @property
+    def queries_per_group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_attention_heads // self.num_query_groups
+
+
+@dataclass
+class ParallelConfig:
+    """How the model is cut over the ranks. The data-parallel size is what remains of the world size."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks: matrices are cut over them."""
+    pipeline: int = 1
+    """Pipeline stages: layers are cut over them."""
+    virtual_stages: int = 1
+    """Chunks of layers per stage (interleaved schedule)."""
+    context: int = 1
+    """Context-parallel ranks."""
+    sharding: Literal["none", "optimizer", "full"] = "optimizer"
+    """What data-parallel ranks share out: nothing, the optimizer state (ZeRO-1), or everything (FSDP)."""
+    replicate: int = 1
+    """Data-parallel replicas of the sharded state (hybrid sharding)."""
+    sequence_parallel: bool = True
+    """Cut the activations between matrix products along the sequence where tensor > 1 (Korthikanti 2022)."""
+    schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
+    """Order of forward and backward passes over the stages."""
+    layers_per_stage: list[int] | None = None
+    """Layers of each stage, first to last. null: cut by cost, embedding and head weighing in."""
+
+
+@dataclass
+class DataSource:
+    """One tokenized corpus."""
+
+    path: str
+    """Prefix of the .bin, .idx and .json files."""
+    weight: float = 1.0
+    """Share of the samples, relative to the other corpora."""
+
+
+@dataclass
+class DataConfig:
+    """Token files and how samples are cut from them."""
+
+    sequence_length: int
+    """Tokens of one sample."""
+    train: list[DataSource] = field(default_factory=list)
+    """Corpora to train on."""
+    valid: list[DataSource] = field(default_factory=list)
+    """Corpora for the validation loss."""
+    tokenizer: str | None = None
+    """Tokenizer folder or file. null: the one recorded beside the data."""
+    cache_dir: str | None = None
+    """Where sample indices are cached. null: MEGATRON_MED_CACHE, or ~/.cache/megatron_med."""
+    isolate_documents: bool = False
+    """false: attention may cross the borders of documents packed into one sample."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (Loshchilov and Hutter 2019), weight decay not on norms and biases."""
+
+    name: Literal["adamw"] = "adamw"
+    """adamw: decoupled weight decay."""
+    lr: float = 3.0e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    eps: float = 1.0e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Each step multiplies the weights by 1 - lr x weight_decay."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm. 0: no clipping."""
+
+
+@dataclass
+class LRScheduleConfig:
+    """Learning rate over the steps."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear rise to the peak."""
+    decay_steps: int | None = None
+    """Step at which min_lr is reached. null: train.steps."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+
+
+@dataclass
+class TrainConfig:
+    """The run."""
+
+    steps: int
+    """Optimizer steps."""
+    global_batch_size: int
+    """Samples of one optimizer step, over all ranks."""
+    output_dir: str
+    """Folder of the run: checkpoints, metrics, resolved configuration."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass."""
+    seed: int = 1234
+    """Seed of the weights, the sample order and the dropout."""
+    valid_interval: int = 0
+    """Steps between two validation losses. 0: none."""
+    valid_samples: int = 256
+    """Samples of one validation loss, always the same ones."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped for non-finite gradients before the run stops."""
+    timeout_minutes: float = 10.0
+    """How long a collective may wait for a rank."""
+
+
+@dataclass
+class CheckpointConfig:
+    """When checkpoints are written and what the run starts from."""
+
+    interval: int = 1000
+    """Steps between two checkpoints. The last step always saves. 0: the last step only."""
+    keep: int = 3
+    """Newest checkpoints that are kept. 0: all."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this step are never removed."""
+    load: str | None = None
+    """Checkpoint that a fresh run starts from."""
+    load_state: Literal["weights", "all"] = "weights"
+    """weights: start at step 0. all: optimizer and position too."""
+    asynchronous: bool = False
+    """Write while training goes on."""
+
+
+@dataclass
+class LoggingConfig:
+    """What is reported, and how often."""
+
+    interval: int = 1
+    """Steps between two console lines. metrics.jsonl has every step."""
+    tensorboard: bool = True
+    """Write RUN/tensorboard."""
+    wandb: bool = False
+    """Report to Weights & Biases (extra: wandb)."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    model: ModelConfig
+    """Shape of the model."""
+    data: DataConfig
+    """Token files."""
+    train: TrainConfig
+    """The run."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the model is cut over the ranks."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
+    """Learning rate over the steps."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Reports."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Arithmetic of the model; gradients are summed, and master weights kept, in fp32."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activations that are computed again in the backward pass."""

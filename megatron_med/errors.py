@@ -1,0 +1,40 @@
+"""Every error that a user can cause. Each message names the value, the rule it breaks and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """One or more faults that the user can mend.
+
+    Args:
+        faults: one message a fault. A command prints each on a line of its own and ends with code 2.
+    """
+
+    def __init__(self, faults: str | Iterable[str]) -> None:
+        self.faults: list[str] = [faults] if isinstance(faults, str) else list(faults)
+        super().__init__("\n".join(self.faults))
+
+
+class ConfigError(UserError):
+    """A configuration that cannot be run."""
+
+
+class DataError(UserError):
+    """Text, token files or a tokenizer that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or Hugging Face folder that is missing, damaged or of another model."""
+
+
+class TargetExistsError(UserError):
+    """An output folder or file that would be overwritten."""
+
+
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_SAVED_AFTER_SIGNAL = 75
+"""EX_TEMPFAIL of sysexits.h: the state is saved, start the same command again."""
