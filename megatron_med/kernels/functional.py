@@ -1,0 +1,72 @@
+"""The operations of the models on local tensors, each a plain-torch implementation."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x [..., in] @ weight[out, in].T + bias[out]``: the local product of every parallel linear layer."""
+    return F.linear(x, weight, bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), in fp32 for half precisions."""
+    if x.dtype == torch.float32:
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x - mean) / std * weight + bias over the last dimension (Ba et al. 2016)."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020)."""
+    return F.silu(gate) * up
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU in its tanh approximation, as GPT-2 has it."""
+    return F.gelu(x, approximate="tanh")
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions (Su et al. 2021) on halves: number i turns with number i + head_dim / 2.
+
+    Args:
+        x: ``[seq, batch, heads, head_dim]``.
+        cos, sin: ``[seq, batch, 1, head_dim]``, the angles of the first half repeated for the second.
+    """
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, dropout: float = 0.0, seed: int | None = None
+) -> Tensor:
+    """softmax(q k^T / sqrt(head_dim)) v through ``scaled_dot_product_attention``.
+
+    Args:
+        query: ``[seq, batch, heads, head_dim]``.
+        key, value: ``[keys, batch, groups, head_dim]``; each group serves heads / groups query heads.
+        causal: a query sees keys up to its own position; False: all of them.
+        dropout: probability of dropping an attention weight.
+        seed: seeds the mask. The operation has no generator argument, so the device's own is seeded; nothing
+            else draws from that one.
+
+    Returns:
+        ``[seq, batch, heads * head_dim]``.
+    """
+    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    if dropout and seed is not None:
+        torch.manual_seed(seed)
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=causal, dropout_p=dropout, enable_gqa=query.shape[2] != key.shape[2]
+    )
+    return out.permute(2, 0, 1, 3).flatten(2)

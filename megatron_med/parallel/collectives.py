@@ -1,0 +1,146 @@
+"""Collectives that autograd knows: each Function's docstring says what forward does and what backward does.
+
+Sequence-parallel tensors are cut on dimension 0, ``[seq/tp, batch, hidden]`` (Korthikanti et al. 2022).
+All of them do nothing on an axis with a single rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+from megatron_med.parallel.context import Axis
+
+
+def all_reduce(tensor: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
+    """Sums (or ``op``) in place over the axis."""
+    if axis.group is not None:
+        dist.all_reduce(tensor, op=op, group=axis.group)
+    return tensor
+
+
+def all_gather_first_dim(tensor: Tensor, axis: Axis) -> Tensor:
+    """``[n, ...]`` on each rank -> ``[n * size, ...]``, in rank order."""
+    if axis.group is None:
+        return tensor
+    gathered = tensor.new_empty(tensor.shape[0] * axis.size, *tensor.shape[1:])
+    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=axis.group)
+    return gathered
+
+
+def reduce_scatter_first_dim(tensor: Tensor, axis: Axis) -> Tensor:
+    """``[n * size, ...]`` on each rank -> this rank's ``[n, ...]`` of the sum."""
+    if axis.group is None:
+        return tensor
+    scattered = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
+    dist.reduce_scatter_tensor(scattered, tensor.contiguous(), group=axis.group)
+    return scattered
+
+
+def split_first_dim(tensor: Tensor, axis: Axis) -> Tensor:
+    """This rank's ``1 / size`` of dimension 0."""
+    return tensor.chunk(axis.size)[axis.rank].contiguous()
+
+
+class _CopyToTensorParallel(Function):
+    """Forward: identity. Backward: all-reduce. (Megatron's f)"""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(gradients[0].contiguous().clone(), ctx.axis), None
+
+
+class _ReduceFromTensorParallel(Function):
+    """Forward: all-reduce. Backward: identity. (Megatron's g)"""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        return all_reduce(tensor.contiguous().clone(), axis)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
+
+
+class _GatherFromSequence(Function):
+    """Forward: all-gather the sequence. Backward: reduce-scatter it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather_first_dim(tensor, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter_first_dim(gradients[0], ctx.axis), None
+
+
+class _ReduceScatterToSequence(Function):
+    """Forward: reduce-scatter the sequence. Backward: all-gather it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return reduce_scatter_first_dim(tensor, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return all_gather_first_dim(gradients[0], ctx.axis), None
+
+
+def enter_tensor_parallel(tensor: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
+    """What a column-parallel product needs: the whole sequence, ``[seq, batch, hidden]``, on every rank."""
+    if axis.size == 1:
+        return tensor
+    function = _GatherFromSequence if sequence_parallel else _CopyToTensorParallel
+    return function.apply(tensor, axis)
+
+
+def leave_tensor_parallel(tensor: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
+    """Sums the partial results of a row-parallel product; ``[seq/tp, batch, hidden]`` under sequence parallelism."""
+    if axis.size == 1:
+        return tensor
+    function = _ReduceScatterToSequence if sequence_parallel else _ReduceFromTensorParallel
+    return function.apply(tensor, axis)
+
+
+def gather_last_dim(tensor: Tensor, axis: Axis) -> Tensor:
+    """``[..., n]`` on each rank -> ``[..., n * size]``. No gradient: for logits that are looked at."""
+    if axis.group is None:
+        return tensor
+    gathered = all_gather_first_dim(tensor.detach().movedim(-1, 0).contiguous(), axis)
+    return gathered.movedim(0, -1)
+
+
+def broadcast(tensor: Tensor, axis: Axis, source: int) -> Tensor:
+    """In place, from the axis' rank ``source``."""
+    if axis.group is not None:
+        dist.broadcast(tensor, axis.ranks[source], group=axis.group)
+    return tensor
+
+
+def gather_objects(value: Any, axis: Axis) -> list[Any]:
+    """One small Python value of each rank, on every rank."""
+    if axis.group is None:
+        return [value]
+    values: list[Any] = [None] * axis.size
+    dist.all_gather_object(values, value, group=axis.group)
+    return values
+
+
+def broadcast_object(value: Any, axis: Axis, source: int = 0) -> Any:
+    """One small Python value of rank ``source``, on every rank."""
+    if axis.group is None:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, axis.ranks[source], group=axis.group, device=torch.device("cpu"))
+    return values[0]

@@ -1,0 +1,171 @@
+"""The grid of ranks and its process groups. A ``ParallelContext`` is made once and passed down."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megatron_med.config import ParallelConfig
+
+GRID = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
+"""Mesh dimensions, outermost first: tp is innermost so that it stays inside a node."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The ranks that differ from this one in one direction of the grid only.
+
+    ``group`` is None where the axis has a single rank: collectives then do nothing.
+    """
+
+    size: int = 1
+    rank: int = 0
+    ranks: tuple[int, ...] = (0,)
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """Coordinates and groups of this rank.
+
+    Attributes:
+        world, tp, pp, dp, dp_shard, dp_replicate, cp: axes of the grid; dp is dp_replicate x dp_shard x cp.
+        embedding: first and last stage of this rank's pipeline, which share tied embeddings; a single rank
+            on the stages between.
+        pp_backward: the same ranks as pp with a group of their own, so that gradients travelling back never
+            wait behind activations travelling forward.
+        grid: all ranks as ``[pp, dp_replicate, dp_shard, cp, tp]``.
+        sequence_parallel: activations between matrix products are cut along the sequence.
+    """
+
+    device: torch.device
+    world: Axis = Axis()
+    tp: Axis = Axis()
+    pp: Axis = Axis()
+    pp_backward: Axis = Axis()
+    dp: Axis = Axis()
+    dp_shard: Axis = Axis()
+    dp_replicate: Axis = Axis()
+    cp: Axis = Axis()
+    embedding: Axis = Axis()
+    sequence_parallel: bool = False
+    grid: torch.Tensor | None = None
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.is_first
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.is_last
+
+    @property
+    def sequence_shards(self) -> int:
+        """Pieces that sequence parallelism cuts the sequence into."""
+        return self.tp.size if self.sequence_parallel else 1
+
+
+def single_process_context(device: torch.device | None = None) -> ParallelContext:
+    """One rank, no process group."""
+    return ParallelContext(device=device or torch.device("cpu"))
+
+
+def start_process_group(timeout: timedelta) -> torch.device:
+    """Joins the ranks that torchrun started (or makes a world of one) and returns this rank's device."""
+    use_cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
+    if use_cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def create_context(config: ParallelConfig, device: torch.device) -> ParallelContext:
+    """Cuts the world into the grid of ``config``. Needs an initialised process group."""
+    world_size = dist.get_world_size()
+    unit = config.tensor * config.pipeline * config.context
+    assert world_size % unit == 0, f"world size {world_size} is not a multiple of {unit}: validate() missed it"
+    dp = world_size // unit
+    shape = (config.pipeline, config.replicate, dp // config.replicate, config.context, config.tensor)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=GRID)
+    axes = {name: _axis(mesh[name].get_group(), mesh[name].size()) for name in GRID}
+    data = mesh["dp_replicate", "dp_shard", "cp"]._flatten("dp")
+    world = dist.group.WORLD
+    assert world is not None, "the process group is not initialised"
+    return ParallelContext(
+        device=device,
+        world=_axis(world, world_size),
+        tp=axes["tp"],
+        pp=axes["pp"],
+        pp_backward=_second_pipeline_axis(mesh, axes["pp"]),
+        dp=_axis(data.get_group(), data.size()),
+        dp_shard=axes["dp_shard"],
+        dp_replicate=axes["dp_replicate"],
+        cp=axes["cp"],
+        embedding=_embedding_axis(mesh, axes["pp"]),
+        sequence_parallel=config.sequence_parallel and config.tensor > 1,
+        grid=mesh.mesh,
+    )
+
+
+def preflight(context: ParallelContext, timeout: timedelta) -> None:
+    """One small collective in every group; a rank that does not answer is named by the error."""
+    if context.world.size == 1:
+        return
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    dist.monitored_barrier(control, timeout=timeout, wait_all_ranks=True)
+    dist.destroy_process_group(control)
+    one = torch.ones(1, device=context.device)
+    for axis in (context.tp, context.pp, context.dp, context.dp_shard, context.embedding):
+        if axis.group is not None:
+            total = one.clone()
+            dist.all_reduce(total, group=axis.group)
+            assert total.item() == axis.size, f"ranks {axis.ranks}: {total.item()} of {axis.size} answered"
+
+
+def _axis(group: dist.ProcessGroup, size: int) -> Axis:
+    ranks = tuple(dist.get_process_group_ranks(group))
+    return Axis(size, dist.get_group_rank(group, dist.get_rank()), ranks, group if size > 1 else None)
+
+
+def _pipelines(mesh: DeviceMesh) -> list[list[int]]:
+    """The ranks of every pipeline, first to last stage."""
+    grid = mesh.mesh
+    return grid.flatten(1).t().tolist()
+
+
+def _second_pipeline_axis(mesh: DeviceMesh, pp: Axis) -> Axis:
+    if pp.size == 1:
+        return Axis()
+    group, _ = dist.new_subgroups_by_enumeration(_pipelines(mesh))
+    return _axis(group, pp.size)
+
+
+def _embedding_axis(mesh: DeviceMesh, pp: Axis) -> Axis:
+    """First and last stage. With two stages these are the whole pipeline; with one there is nobody to share with."""
+    if pp.size <= 2:
+        return pp
+    groups = [[ranks[0], ranks[-1]] for ranks in _pipelines(mesh)]
+    group = None
+    for ranks in groups:
+        candidate = dist.new_group(ranks)
+        if dist.get_rank() in ranks:
+            group = candidate
+    return _axis(group, 2) if group is not None else Axis()

@@ -1,0 +1,95 @@
+"""What a parameter declares of itself, and its topology-independent initialisation.
+
+A tensor-parallel shard is always one contiguous slice of the global tensor, so any topology can cut it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from megatron_med.parallel.context import Axis, ParallelContext
+from megatron_med.parallel.random import generator_of
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Where a parameter comes from and how it is cut.
+
+    Attributes:
+        name: canonical name, equal under every topology: ``layers.12.attention.qkv.weight``.
+        global_shape: shape of the uncut tensor.
+        tp_dim: dimension that tensor-parallel ranks cut evenly; None where each holds it all.
+        dp_dim: dimension that the sharded optimizer cuts, of the tensor-parallel piece.
+        parts: named parts as row indices into the global tensor seen as ``[rows, columns]``.
+        partial_over_tp: each tensor-parallel rank computes only a part of the gradient's sum.
+        shared: the first and last stage each hold a copy (tied embeddings).
+        trained: whether the optimizer changes it.
+        weight_decay: whether weight decay applies.
+        init: normal (mean 0, ``init_std``), ones or zeros.
+    """
+
+    name: str
+    global_shape: tuple[int, ...]
+    tp_dim: int | None = None
+    dp_dim: int = 0
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    partial_over_tp: bool = False
+    shared: bool = False
+    trained: bool = True
+    weight_decay: bool = True
+    init: Literal["normal", "ones", "zeros"] = "normal"
+    init_std: float = 0.02
+
+    def local_shape(self, tp: Axis) -> tuple[int, ...]:
+        """Shape of one tensor-parallel piece."""
+        shape = list(self.global_shape)
+        if self.tp_dim is not None:
+            shape[self.tp_dim] //= tp.size
+        return tuple(shape)
+
+    def cut(self, tensor: Tensor, tp: Axis) -> Tensor:
+        """This tensor-parallel rank's piece of the global tensor."""
+        if self.tp_dim is None:
+            return tensor
+        return tensor.chunk(tp.size, self.tp_dim)[tp.rank]
+
+
+def make_parameter(layout: ParameterLayout, context: ParallelContext, dtype: torch.dtype) -> nn.Parameter:
+    """An uninitialised parameter that knows its layout."""
+    local = torch.empty(layout.local_shape(context.tp), dtype=dtype, device=context.device)
+    parameter = nn.Parameter(local, requires_grad=layout.trained)
+    parameter.layout = layout  # type: ignore[attr-defined]
+    return parameter
+
+
+def layout_of(parameter: Tensor) -> ParameterLayout:
+    """The layout a parameter was made with."""
+    return cast(ParameterLayout, parameter.layout)  # type: ignore[attr-defined]
+
+
+def parameters_with_layout(module: nn.Module) -> Iterator[tuple[ParameterLayout, nn.Parameter]]:
+    """Every parameter of a stage with its layout, each once."""
+    for parameter in module.parameters():
+        yield layout_of(parameter), parameter
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, context: ParallelContext, seed: int) -> None:
+    """Draws every parameter from a generator of (seed, canonical name), whole and in fp32, then cuts it.
+
+    One rank and a TP x PP x DP grid therefore start from equal weights.
+    """
+    for layout, parameter in parameters_with_layout(module):
+        if layout.init == "ones":
+            parameter.fill_(1)
+        elif layout.init == "zeros":
+            parameter.zero_()
+        else:
+            generator = generator_of(seed, layout.name)
+            whole = torch.empty(layout.global_shape).normal_(std=layout.init_std, generator=generator)
+            parameter.copy_(layout.cut(whole, context.tp))
