@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ffn_hidden_size": 3072,
         "vocab_size": 50257,
     },
-    "llama-110m": _LLAMA2
+    "llama-134m": _LLAMA2
     | {
         "num_layers": 12,
         "hidden_size": 768,

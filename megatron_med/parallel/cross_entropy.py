@@ -38,7 +38,7 @@ class _VocabParallelCrossEntropy(Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         softmax, local, elsewhere = ctx.saved_tensors
         hit = torch.where(elsewhere, 0.0, -1.0).unsqueeze(-1).to(softmax.dtype)
-        grad = softmax.scatter_add(-1, local, hit).mul_(gradients[0].unsqueeze(-1))
+        grad = softmax.scatter_add_(-1, local, hit).mul_(gradients[0].unsqueeze(-1))
         return grad.to(ctx.logits_dtype), None, None, None, None
 
 

@@ -63,13 +63,13 @@ def make_parameter(layout: ParameterLayout, context: ParallelContext, dtype: tor
     """An uninitialised parameter that knows its layout."""
     local = torch.empty(layout.local_shape(context.tp), dtype=dtype, device=context.device)
     parameter = nn.Parameter(local, requires_grad=layout.trained)
-    parameter.layout = layout  # type: ignore[attr-defined]
+    parameter.parallel_layout = layout  # type: ignore[attr-defined]
     return parameter
 
 
 def layout_of(parameter: Tensor) -> ParameterLayout:
     """The layout a parameter was made with."""
-    return cast(ParameterLayout, parameter.layout)  # type: ignore[attr-defined]
+    return cast(ParameterLayout, parameter.parallel_layout)  # type: ignore[attr-defined]
 
 
 def parameters_with_layout(module: nn.Module) -> Iterator[tuple[ParameterLayout, nn.Parameter]]:

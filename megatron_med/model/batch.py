@@ -1,0 +1,26 @@
+"""What every pipeline stage knows of a micro-batch without being told by another stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some samples on their way through the model.
+
+    Attributes:
+        tokens: ``[batch, seq]`` int64.
+        labels: ``[batch, seq]`` int64, the next token at each place.
+        loss_mask: ``[batch, seq]`` fp32, 1 where the loss counts.
+        positions: ``[batch, seq]`` int64.
+        dropout_key: names this micro-batch for the dropout masks: seed, step and global index.
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    loss_mask: Tensor
+    positions: Tensor
+    dropout_key: str = ""

@@ -1,0 +1,61 @@
+"""Llama (Touvron et al. 2023): RMSNorm before each part, rotary positions, SwiGLU, grouped queries, no biases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_med.config import ModelConfig
+from megatron_med.model.attention import Attention
+from megatron_med.model.batch import MicroBatch
+from megatron_med.model.cache import KeyValueCache
+from megatron_med.model.mlp import GatedMLP
+from megatron_med.model.norm import RMSNorm
+from megatron_med.model.rope import RotaryAngles
+from megatron_med.model.transformer import Transformer
+from megatron_med.parallel.context import ParallelContext
+
+
+class LlamaLayer(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(f"layers.{layer}.attention_norm", config, context, dtype)
+        self.attention = Attention(layer, config, context, dtype, bias=False)
+        self.mlp_norm = RMSNorm(f"layers.{layer}.mlp_norm", config, context, dtype)
+        self.mlp = GatedMLP(layer, config, context, dtype)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: MicroBatch, cache: KeyValueCache | None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), batch.dropout_key, rotary, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(Transformer):
+    """One pipeline stage of a Llama model."""
+
+    def __init__(
+        self, config: ModelConfig, context: ParallelContext, layers: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        super().__init__(config, context, layers, dtype)
+        self.rotary = RotaryAngles(config, context.device, dtype)
+
+    def make_layer(self, layer: int, dtype: torch.dtype) -> nn.Module:
+        return LlamaLayer(layer, self.config, self.context, dtype)
+
+    def make_norm(self, name: str, dtype: torch.dtype) -> nn.Module:
+        return RMSNorm(name, self.config, self.context, dtype)
+
+    def embed(self, batch: MicroBatch) -> Tensor:
+        assert self.word_embedding is not None, "only the first stage embeds"
+        return self.word_embedding(batch.tokens)
+
+    def run_layers(self, hidden: Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> Tensor:
+        rotary = self.rotary(batch.positions)
+        for layer in self.layers:
+            hidden = layer(hidden, rotary, batch, cache)
+        return hidden

@@ -1,0 +1,70 @@
+"""Feed-forward layers: gated (SwiGLU) and plain (GELU), the inner width cut over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from megatron_med.config import ModelConfig
+from megatron_med.kernels import functional as kernels
+from megatron_med.parallel.context import ParallelContext
+from megatron_med.parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+
+def gate_up_parts(config: ModelConfig) -> dict[str, Tensor]:
+    """Rows of gate and up in the joint weight ``[2, ffn, hidden]`` seen as ``[2 * ffn, hidden]``."""
+    rows = torch.arange(2 * config.ffn_hidden_size).view(2, -1)
+    return {"gate": rows[0], "up": rows[1]}
+
+
+def _down(layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, bias: bool) -> RowParallelLinear:
+    return RowParallelLinear(
+        f"layers.{layer}.mlp.down",
+        (config.hidden_size, config.ffn_hidden_size),
+        context,
+        dtype,
+        bias=bias,
+        init_std=config.init_std / math.sqrt(2 * config.num_layers),
+    )
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), ``[seq(/tp), batch, hidden]`` -> the same shape (Shazeer 2020)."""
+
+    def __init__(self, layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_up = ColumnParallelLinear(
+            f"layers.{layer}.mlp.gate_up",
+            (2, config.ffn_hidden_size, config.hidden_size),
+            context,
+            dtype,
+            bias=False,
+            init_std=config.init_std,
+            parts=gate_up_parts(config),
+        )
+        self.down = _down(layer, config, context, dtype, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(kernels.swiglu(gate, up))
+
+
+class MLP(nn.Module):
+    """down(gelu(up(x))), with biases, ``[seq(/tp), batch, hidden]`` -> the same shape."""
+
+    def __init__(self, layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up = ColumnParallelLinear(
+            f"layers.{layer}.mlp.up",
+            (config.ffn_hidden_size, config.hidden_size),
+            context,
+            dtype,
+            bias=True,
+            init_std=config.init_std,
+        )
+        self.down = _down(layer, config, context, dtype, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(kernels.gelu_tanh(self.up(x)))
