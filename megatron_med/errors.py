@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -38,3 +41,21 @@ EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
 EXIT_SAVED_AFTER_SIGNAL = 75
 """EX_TEMPFAIL of sysexits.h: the state is saved, start the same command again."""
+
+
+def run_command(main: Callable[[], None]) -> NoReturn:
+    """Runs a command-line tool: a user's fault is one line each on standard error and exit code 2, no traceback."""
+    try:
+        main()
+    except UserError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    sys.exit(EXIT_DONE)
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raises TargetExistsError where ``path`` is a file, or a folder with something in it."""
+    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    raise TargetExistsError(f"{path} exists and is not empty: name another target, or pass --overwrite.")

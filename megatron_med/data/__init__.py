@@ -1,0 +1,1 @@
+"""Token files, samples and their order."""

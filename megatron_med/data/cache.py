@@ -1,0 +1,88 @@
+"""Content-addressed cache of index arrays: built once per node under a file lock, checked when read.
+
+An entry is a folder named by the hash of what it was made from, written under a temporary name and renamed. Nothing
+is ever written beside the data, and no shared file system is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+_log = logging.getLogger(__name__)
+
+
+def cache_folder(configured: str | None) -> Path:
+    """``configured``, else MEGATRON_MED_CACHE, else ~/.cache/megatron_med."""
+    chosen = configured or os.environ.get("MEGATRON_MED_CACHE") or "~/.cache/megatron_med"
+    return Path(chosen).expanduser()
+
+
+def cached_arrays(folder: Path, ingredients: Mapping[str, Any], build: Callable[[], Arrays]) -> Arrays:
+    """Arrays made from ``ingredients``, from the cache where it has them intact.
+
+    Args:
+        folder: the cache.
+        ingredients: everything that the arrays depend on; plain JSON values.
+        build: makes the arrays.
+
+    Returns:
+        Memory-mapped arrays; freshly built ones in memory where the cache cannot be written.
+    """
+    key = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
+    entry = folder / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f"{key}.lock"):
+            arrays = _read(entry)
+            if arrays is None:
+                _write(entry, build(), ingredients)
+                arrays = _read(entry)
+    except OSError as error:
+        _log.warning("The index cache %s cannot be used (%s); indices are kept in memory.", folder, error)
+        return _read(entry) or build()
+    assert arrays is not None, "an entry that was just written can be read"
+    return arrays
+
+
+def _read(entry: Path) -> Arrays | None:
+    """The arrays of an entry; None where it is absent or damaged."""
+    try:
+        checksums = json.loads((entry / "manifest.json").read_text())["sha256"]
+        for name, checksum in checksums.items():
+            if _sha256(entry / f"{name}.npy") != checksum:
+                _log.warning("The index cache entry %s is damaged and is built again.", entry)
+                return None
+        return {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in checksums}
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _write(entry: Path, arrays: Arrays, ingredients: Mapping[str, Any]) -> None:
+    partial = entry.with_name(f"{entry.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, array in arrays.items():
+        np.save(partial / f"{name}.npy", array)
+    checksums = {name: _sha256(partial / f"{name}.npy") for name in arrays}
+    manifest = {"ingredients": dict(ingredients), "sha256": checksums}
+    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    shutil.rmtree(entry, ignore_errors=True)
+    os.replace(partial, entry)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,92 @@
+"""Samples of fixed length packed from documents, and their order.
+
+The order is a function of (files, sequence length, seed, epoch) and of nothing else. For the first epoch it equals
+Megatron's own document, sample and shuffle indices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_med.data.cache import Arrays, cached_arrays
+from megatron_med.data.index import build_document_order, build_sample_index, build_shuffle
+from megatron_med.data.indexed import IndexedDataset
+from megatron_med.errors import DataError
+
+_CACHED_EPOCHS = 2
+
+
+def epoch_generator(seed: int, epoch: int) -> np.random.RandomState:
+    """The generator of an epoch's order; Megatron's for the first one."""
+    return np.random.RandomState(seed if epoch == 0 else [seed, epoch])
+
+
+class PackedDataset:
+    """Samples of one corpus, epoch after epoch.
+
+    Args:
+        data: the token file.
+        sequence_length: tokens of one sample; one more is read as the last label.
+        seed: of the order.
+        cache: folder for the index arrays.
+    """
+
+    def __init__(self, data: IndexedDataset, sequence_length: int, seed: int, cache: Path) -> None:
+        self.data = data
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self._cache = cache
+        self._fingerprint = _fingerprint(data)
+        self._epochs: dict[int, Arrays] = {}
+        self.samples_per_epoch = (data.token_count - 1) // sequence_length if data.token_count else 0
+        if self.samples_per_epoch < 1:
+            raise DataError(
+                f"{data.bin_path} has {data.token_count} tokens: one sample of data.sequence_length = "
+                f"{sequence_length} needs {sequence_length + 1}. Add text or shorten the samples."
+            )
+
+    def sample(self, index: int) -> npt.NDArray[np.int64]:
+        """Sample ``index``, counted on over all epochs: ``[sequence_length + 1]``."""
+        epoch, place = divmod(index, self.samples_per_epoch)
+        arrays = self._order(epoch)
+        documents, samples = arrays["documents"], arrays["samples"]
+        which = int(arrays["shuffle"][place])
+        (first, first_offset), (last, last_offset) = samples[which].tolist(), samples[which + 1].tolist()
+        if first == last:
+            tokens = self.data.read(int(documents[first]), first_offset, last_offset - first_offset + 1)
+            return tokens.astype(np.int64)
+        pieces = [self.data.read(int(documents[first]), first_offset)]
+        pieces += [self.data.read(int(documents[place])) for place in range(first + 1, last)]
+        pieces.append(self.data.read(int(documents[last]), 0, last_offset + 1))
+        return np.concatenate(pieces).astype(np.int64)
+
+    def _order(self, epoch: int) -> Arrays:
+        if epoch not in self._epochs:
+            while len(self._epochs) >= _CACHED_EPOCHS:
+                self._epochs.pop(next(iter(self._epochs)))
+            ingredients = {
+                "kind": "packed samples, version 1",
+                "data": self._fingerprint,
+                "sequence_length": self.sequence_length,
+                "seed": self.seed,
+                "epoch": epoch,
+            }
+            self._epochs[epoch] = cached_arrays(self._cache, ingredients, lambda: self._build(epoch))
+        return self._epochs[epoch]
+
+    def _build(self, epoch: int) -> Arrays:
+        rng = epoch_generator(self.seed, epoch)
+        documents = build_document_order(len(self.data), rng)
+        samples = build_sample_index(self.data.sizes, documents, self.sequence_length)
+        return {"documents": documents, "samples": samples, "shuffle": build_shuffle(len(samples) - 1, rng)}
+
+
+def _fingerprint(data: IndexedDataset) -> str:
+    """Hash of the index file and the size of the token file: what the order depends on."""
+    with data.idx_path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return f"{digest}-{data.bin_path.stat().st_size}"
