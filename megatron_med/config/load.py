@@ -280,3 +280,15 @@ def _build(program: str, preset: dict[str, Any], known: dict[str, Any]) -> Confi
         raise ConfigError(_reason(str(error))) from error
     sections = vars(parser.instantiate(parsed))
     return Config(**{field.name: sections[field.name] for field in dataclasses.fields(Config)})
+
+
+def peek_output_dir(arguments: list[str]) -> str | None:
+    """``train.output_dir`` of a command line that was refused, where it can be read."""
+    path, options = _split_arguments(arguments)
+    try:
+        given = _read_yaml(path) if path else {}
+        given.update(_read_options([option for option in options if not option.startswith(_FLAGS)]))
+    except ConfigError:
+        return None
+    folder = given.get("train.output_dir")
+    return folder if isinstance(folder, str) else None

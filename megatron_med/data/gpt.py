@@ -40,7 +40,7 @@ class PackedDataset:
         self.sequence_length = sequence_length
         self.seed = seed
         self._cache = cache
-        self._fingerprint = _fingerprint(data)
+        self.fingerprint = _fingerprint(data)
         self._epochs: dict[int, Arrays] = {}
         self.samples_per_epoch = (data.token_count - 1) // sequence_length if data.token_count else 0
         if self.samples_per_epoch < 1:
@@ -70,7 +70,7 @@ class PackedDataset:
                 self._epochs.pop(next(iter(self._epochs)))
             ingredients = {
                 "kind": "packed samples, version 1",
-                "data": self._fingerprint,
+                "data": self.fingerprint,
                 "sequence_length": self.sequence_length,
                 "seed": self.seed,
                 "epoch": epoch,

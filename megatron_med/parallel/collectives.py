@@ -28,7 +28,7 @@ def all_gather_first_dim(tensor: Tensor, axis: Axis) -> Tensor:
     if axis.group is None:
         return tensor
     gathered = tensor.new_empty(tensor.shape[0] * axis.size, *tensor.shape[1:])
-    dist.all_gather_into_tensor(gathered, tensor.contiguous(), group=axis.group)
+    dist.all_gather_single(gathered, tensor.contiguous(), group=axis.group)
     return gathered
 
 
@@ -37,7 +37,7 @@ def reduce_scatter_first_dim(tensor: Tensor, axis: Axis) -> Tensor:
     if axis.group is None:
         return tensor
     scattered = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
-    dist.reduce_scatter_tensor(scattered, tensor.contiguous(), group=axis.group)
+    dist.reduce_scatter_single(scattered, tensor.contiguous(), group=axis.group)
     return scattered
 
 

@@ -210,7 +210,7 @@ class _Bucket:
         if self._axis.group is not None:
             buffer = self._flat.new_empty(self._axis.size, self._row)
             self._pack(buffer, [s.pieces(grad) for s, grad in zip(self._slicings, self._main_grads, strict=True)])
-            self._launch(dist.reduce_scatter_tensor(self._reduced, buffer.view(-1), group=self._axis.group, async_op=True))
+            self._launch(dist.reduce_scatter_single(self._reduced, buffer.view(-1), group=self._axis.group, async_op=True))
             rest = self._context.dp_replicate
         else:
             rest = self._context.dp if self._axis.size == 1 else self._context.dp_replicate
@@ -244,7 +244,7 @@ class _Bucket:
         for item, slicing, piece in zip(self.owned, self._slicings, pieces, strict=True):
             slicing.trim(piece).copy_(item.master)
         gathered = row.new_empty(self._axis.size, self._row)
-        dist.all_gather_into_tensor(gathered, row, group=self._axis.group)
+        dist.all_gather_single(gathered.view(-1), row, group=self._axis.group)
         offset = 0
         for parameter, slicing in zip(self._parameters, self._slicings, strict=True):
             size = _numel(slicing.piece_shape)

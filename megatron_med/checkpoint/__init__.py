@@ -1,0 +1,1 @@
+"""Checkpoints that load into any topology, and conversion to and from Hugging Face."""

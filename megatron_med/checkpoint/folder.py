@@ -1,0 +1,219 @@
+"""The folder of a checkpoint: commit protocol, manifest, ``latest``, pruning. No torch here.
+
+A step is written into ``step-00000020.partial``, described by a manifest with sizes and checksums, renamed to
+``step-00000020``, and only then does ``latest`` move. A crash at any point leaves the last good one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_med.errors import CheckpointError
+
+LATEST = "latest"
+MANIFEST = "manifest.json"
+STATE = "state.json"
+TOKENIZER = "tokenizer"
+CHECKPOINTS = "checkpoints"
+_PREFIX = "step-"
+_PARTIAL = ".partial"
+
+
+@dataclass
+class CheckpointState:
+    """What a checkpoint says of itself, in ``state.json``.
+
+    Attributes:
+        model: the whole ModelConfig.
+        tokenizer: ``Tokenizer.describe()``; None where there is none.
+        step: optimizer steps of the run, skipped ones included.
+        consumed_samples: position in the order of samples.
+        optimizer_steps: updates done; None where the checkpoint holds weights only.
+        run: settings of the run, for information.
+    """
+
+    model: dict[str, Any]
+    tokenizer: dict[str, Any] | None = None
+    step: int = 0
+    consumed_samples: int = 0
+    optimizer_steps: int | None = None
+    run: dict[str, Any] = field(default_factory=dict)
+    version: int = 1
+
+
+def step_folder(checkpoints: Path, step: int) -> Path:
+    """``checkpoints/step-00000020``."""
+    return checkpoints / f"{_PREFIX}{step:08d}"
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where a step is written before it is committed."""
+    return folder.with_name(folder.name + _PARTIAL)
+
+
+def begin(folder: Path) -> Path:
+    """An empty ``.partial`` folder beside ``folder``."""
+    partial = partial_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def write_state(folder: Path, state: CheckpointState) -> None:
+    """Writes ``state.json``."""
+    (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+
+
+def read_state(folder: Path) -> CheckpointState:
+    """Reads ``state.json``."""
+    try:
+        return CheckpointState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder / STATE} cannot be read ({error}). {_offer_previous(folder)}") from error
+
+
+def commit(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """Turns the ``.partial`` folder into ``folder``: manifest, fsync, rename, ``latest``.
+
+    Args:
+        folder: the final name.
+        files: size and sha256 of each file, as ``describe_files`` gives them.
+    """
+    partial = partial_folder(folder)
+    (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    for path in partial.rglob("*"):
+        _fsync(path)
+    _fsync(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+    latest = folder.parent / (LATEST + _PARTIAL)
+    latest.write_text(folder.name + "\n", encoding="utf-8")
+    _fsync(latest)
+    os.replace(latest, folder.parent / LATEST)
+    _fsync(folder.parent)
+
+
+def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of each named file."""
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+
+
+def file_names(folder: Path) -> list[str]:
+    """Every file below a folder but the manifest, by relative name, sorted."""
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def prune(checkpoints: Path, keep: int, keep_every: int | None) -> None:
+    """Removes all but the newest ``keep`` steps and the multiples of ``keep_every``; 0 keeps all."""
+    if keep == 0:
+        return
+    steps = complete_steps(checkpoints)
+    for step in steps[:-keep]:
+        if keep_every is None or step % keep_every:
+            shutil.rmtree(step_folder(checkpoints, step), ignore_errors=True)
+
+
+def complete_steps(checkpoints: Path) -> list[int]:
+    """Steps with a manifest, oldest first."""
+    if not checkpoints.is_dir():
+        return []
+    names = [path.name for path in checkpoints.iterdir() if (path / MANIFEST).is_file()]
+    return sorted(int(name.removeprefix(_PREFIX)) for name in names if name.removeprefix(_PREFIX).isdigit())
+
+
+def latest_folder(checkpoints: Path) -> Path | None:
+    """The step that ``latest`` names; None where there is no ``latest``."""
+    pointer = checkpoints / LATEST
+    if not pointer.is_file():
+        return None
+    folder = checkpoints / pointer.read_text(encoding="utf-8").strip()
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"{pointer} names {folder}, which is not a whole checkpoint. {_offer_previous(folder)}")
+    return folder
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The step folder meant by RUN, RUN/checkpoints or a step folder itself.
+
+    Raises:
+        CheckpointError: there is none, or it is half-written.
+    """
+    given = Path(path)
+    if given.name.endswith(_PARTIAL) or (given.is_dir() and (given / STATE).exists() and not (given / MANIFEST).exists()):
+        raise CheckpointError(f"{given} is a half-written checkpoint. {_offer_previous(given)}")
+    if (given / MANIFEST).is_file():
+        return given
+    for checkpoints in (given, given / CHECKPOINTS):
+        folder = latest_folder(checkpoints)
+        if folder is not None:
+            return folder
+    raise CheckpointError(
+        f"There is no checkpoint at {given}. Give a RUN folder, its checkpoints folder or one step-... folder."
+    )
+
+
+def check_sizes(folder: Path) -> list[str]:
+    """Compares the sizes of all files with the manifest and returns their names.
+
+    Raises:
+        CheckpointError: a file is missing or has another size; names it and the step before.
+    """
+    files = _manifest(folder)
+    for name, described in files.items():
+        path = folder / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != described["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes instead of {described['bytes']}"
+            raise CheckpointError(f"The checkpoint {folder} is damaged: {name} {found}. {_offer_previous(folder)}")
+    return list(files)
+
+
+def damaged_files(folder: Path, names: list[str]) -> list[str]:
+    """Those of ``names`` whose content is not what the manifest says."""
+    files = _manifest(folder)
+    return [name for name in names if _sha256(folder / name) != files[name]["sha256"]]
+
+
+def damage_error(folder: Path, names: list[str]) -> CheckpointError:
+    """The error for files with wrong content."""
+    return CheckpointError(
+        f"The checkpoint {folder} is damaged: the content of {', '.join(names)} is not what was written. "
+        f"{_offer_previous(folder)}"
+    )
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    try:
+        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"The manifest of {folder} cannot be read ({error}). {_offer_previous(folder)}"
+        ) from error
+
+
+def _offer_previous(folder: Path) -> str:
+    earlier = [step for step in complete_steps(folder.parent) if step_folder(folder.parent, step).name < folder.name]
+    if not earlier:
+        return "There is no earlier checkpoint beside it."
+    previous = step_folder(folder.parent, earlier[-1])
+    return f"The one before it is {previous}: write '{previous.name}' into {folder.parent / LATEST} to go on from there."
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

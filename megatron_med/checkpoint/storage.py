@@ -1,0 +1,109 @@
+"""torch.distributed.checkpoint (DCP) with two additions: its metadata is read by a restricted unpickler, and
+tensors can be written one by one as they are made.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+
+from megatron_med.errors import CheckpointError
+
+_ALLOWED_MODULES = (
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+)
+_ALLOWED_NAMES = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "Path"),
+    ("builtins", "set"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Admits DCP's own dataclasses and nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if module in _ALLOWED_MODULES or (module, name) in _ALLOWED_NAMES or is_dtype:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into checkpoint metadata")
+
+
+class Reader(dcp.FileSystemReader):
+    """A FileSystemReader that reads ``.metadata`` once, with the restricted unpickler."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._folder = folder
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            path = self._folder / ".metadata"
+            try:
+                self._metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+            except (OSError, pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
+                raise CheckpointError(f"{path} is not the metadata of a checkpoint: {error}.") from error
+            assert self._metadata is not None, "unpickling gives an object"
+            if self._metadata.storage_meta is None:
+                self._metadata.storage_meta = StorageMeta()
+            self._metadata.storage_meta.load_id = self.load_id
+        return self._metadata
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Global shape of every stored tensor."""
+        entries = self.read_metadata().state_dict_metadata.items()
+        return {name: entry.size for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type a tensor is stored in."""
+        entry = self.read_metadata().state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata), f"{name} is not a tensor"
+        return entry.properties.dtype
+
+    def read(self, name: str) -> Tensor:
+        """One whole tensor, without a process group."""
+        tensor = torch.empty(self.shapes()[name], dtype=self.dtype(name))
+        dcp.load({name: tensor}, storage_reader=self, no_dist=True)
+        return tensor
+
+
+class _StreamingPlanner(DefaultSavePlanner):
+    """Asks for each tensor when it is about to be written; nothing else holds it."""
+
+    def __init__(self, make: Mapping[str, Callable[[], Tensor]]) -> None:
+        super().__init__()
+        self._make = make
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._make[index.fqn]()
+
+
+def write_streaming(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, make: Mapping[str, Callable[[], Tensor]]
+) -> None:
+    """Writes tensors one by one, without a process group.
+
+    Args:
+        folder: target.
+        shapes: global shape of each tensor.
+        dtype: of all of them.
+        make: gives a tensor when it is its turn.
+    """
+    placeholders = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    writer = dcp.FileSystemWriter(folder)
+    dcp.save(placeholders, storage_writer=writer, planner=_StreamingPlanner(make), no_dist=True)

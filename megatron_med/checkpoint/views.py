@@ -1,0 +1,66 @@
+"""Local slices seen as the global tensors they are cut from, for saving and loading only."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from megatron_med.optim.optimizer import MOMENTS, Optimizer
+from megatron_med.parallel.context import ParallelContext
+from megatron_med.parallel.parameters import ParameterLayout, parameters_with_layout
+
+
+class GlobalViews:
+    """Makes DTensor views over the (tp, dp_shard) ranks of this stage. Data is shared, never copied."""
+
+    def __init__(self, context: ParallelContext) -> None:
+        self._mesh: DeviceMesh | None = None
+        if context.grid is not None and context.tp.size * context.dp_shard.size > 1:
+            pp, replicate, cp = context.pp.rank, context.dp_replicate.rank, context.cp.rank
+            ranks = context.grid[pp, replicate, :, cp, :].t().contiguous()  # [tp, dp_shard]
+            self._mesh = DeviceMesh(context.device.type, ranks, mesh_dim_names=("tp", "dp_shard"), _init_backend=False)
+
+    def of_piece(self, local: Tensor, layout: ParameterLayout) -> Tensor:
+        """A tensor-parallel piece, whole on every data-parallel rank."""
+        return self._view(local, layout, Replicate())
+
+    def of_slice(self, local: Tensor, layout: ParameterLayout, sharded: bool) -> Tensor:
+        """An optimizer's slice: the tensor-parallel piece cut again along the declared dimension."""
+        return self._view(local, layout, Shard(layout.dp_dim) if sharded else Replicate())
+
+    def _view(self, local: Tensor, layout: ParameterLayout, over_dp: Placement) -> Tensor:
+        local = local.detach()
+        if self._mesh is None:
+            return local
+        over_tp = Replicate() if layout.tp_dim is None else Shard(layout.tp_dim)
+        shape = torch.Size(layout.global_shape)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(local, self._mesh, [over_tp, over_dp], run_check=False, shape=shape, stride=stride)
+
+
+def weight_views(module: nn.Module, context: ParallelContext) -> dict[str, Tensor]:
+    """A stage's parameters by canonical name."""
+    views = GlobalViews(context)
+    return {layout.name: views.of_piece(parameter, layout) for layout, parameter in parameters_with_layout(module)}
+
+
+def optimizer_views(
+    optimizer: Optimizer, context: ParallelContext, sharded: bool, moments: bool = True
+) -> dict[str, Tensor]:
+    """fp32 master weights by canonical name, and AdamW's moments as ``optimizer.<moment>.<name>``.
+
+    Empty slices (a dimension shorter than the ranks) are left out.
+    """
+    views = GlobalViews(context)
+    entries: dict[str, Tensor] = {}
+    for item in optimizer.owned:
+        if item.master.numel() == 0:
+            continue
+        entries[item.layout.name] = views.of_slice(item.master, item.layout, sharded)
+        for moment in MOMENTS if moments else ():
+            name = f"optimizer.{moment}.{item.layout.name}"
+            entries[name] = views.of_slice(optimizer.moment(item, moment), item.layout, sharded)
+    return entries

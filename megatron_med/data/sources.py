@@ -1,0 +1,132 @@
+"""Opens the corpora of a configuration, and the side files that tell how they were tokenized."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_med.config.schema import DataSource
+from megatron_med.data.blend import BlendedDataset
+from megatron_med.data.gpt import PackedDataset
+from megatron_med.data.indexed import IndexedDataset
+from megatron_med.errors import DataError
+from megatron_med.tokenizer import Tokenizer, load_tokenizer
+
+
+def side_file(prefix: str | Path) -> Path:
+    """``prefix.json``."""
+    prefix = Path(prefix)
+    return prefix.with_name(prefix.name + ".json")
+
+
+def write_side_file(prefix: Path, tokenizer: Tokenizer, counts: dict[str, Any]) -> None:
+    """Records the tokenizer (files relative to the data, with their hashes) and the counts beside the data."""
+    folder = side_file(prefix).parent.resolve()
+    described = tokenizer.describe()
+    described["paths"] = [os.path.relpath(file.resolve(), folder) for file in tokenizer.files]
+    content = {"version": 1, "tokenizer": described, **counts}
+    partial = side_file(prefix).with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, side_file(prefix))
+
+
+def read_side_file(prefix: str | Path) -> dict[str, Any] | None:
+    """What is recorded beside the data; None for a foreign prefix without a side file."""
+    path = side_file(prefix)
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content if "tokenizer" in content else None
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}. Tokenize again, or remove it and set data.tokenizer.") from error
+
+
+def recorded_tokenizer(prefix: str | Path) -> Tokenizer | None:
+    """The tokenizer a corpus was made with; None where none is recorded.
+
+    Raises:
+        DataError: its files are gone or changed.
+    """
+    side = read_side_file(prefix)
+    if side is None:
+        return None
+    described = side["tokenizer"]
+    files = [side_file(prefix).parent / path for path in described["paths"]]
+    for file, checksum in zip(files, described["files"].values(), strict=True):
+        if not file.is_file():
+            raise DataError(
+                f"{side_file(prefix)} names the tokenizer file {file}, which is not there. Set data.tokenizer."
+            )
+        if hashlib.sha256(file.read_bytes()).hexdigest() != checksum:
+            raise DataError(
+                f"{file} is not the file that {prefix} was tokenized with (its sha256 differs). Set data.tokenizer, "
+                "or tokenize again."
+            )
+    pair = files[0].suffix == ".json" and len(files) > 1 and files[1].suffix == ".txt"
+    return load_tokenizer(f"{files[0]},{files[1]}" if pair else files[0])
+
+
+def find_tokenizer(sources: Sequence[DataSource], override: str | None, vocab_size: int) -> Tokenizer | None:
+    """The run's tokenizer: ``override``, else the one recorded beside the data, the same for all corpora.
+
+    Raises:
+        DataError: corpora of different tokenizers, or one whose ids go past the model's vocabulary.
+    """
+    tokenizer = load_tokenizer(override) if override else None
+    for source in sources:
+        recorded = read_side_file(source.path)
+        if recorded is None:
+            continue
+        tokenizer = tokenizer or recorded_tokenizer(source.path)
+        assert tokenizer is not None, "a side file names a tokenizer"
+        theirs, ours = recorded["tokenizer"], tokenizer.describe()
+        main = next(iter(theirs["files"]))
+        if theirs["vocab_size"] != ours["vocab_size"] or theirs["files"][main] != ours["files"].get(main, theirs["files"][main]):
+            raise DataError(
+                f"{source.path} was made with another tokenizer ({main}, {theirs['vocab_size']} pieces) than the run "
+                f"uses ({tokenizer.files[0]}, {ours['vocab_size']} pieces). Tokenize all corpora with one."
+            )
+    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"The tokenizer {tokenizer.files[0]} has {tokenizer.vocab_size} pieces and model.vocab_size is {vocab_size}: "
+            f"set model.vocab_size: {tokenizer.vocab_size}."
+        )
+    return tokenizer
+
+
+def open_corpora(
+    sources: Sequence[DataSource], sequence_length: int, seed: int, vocab_size: int, cache: Path
+) -> list[PackedDataset]:
+    """Opens and checks every corpus.
+
+    Raises:
+        DataError: with the faults of all of them.
+    """
+    corpora, faults = [], []
+    for source in sources:
+        try:
+            data = IndexedDataset(source.path)
+            side = read_side_file(source.path)
+            data.check_vocabulary(side["tokenizer"]["vocab_size"] if side else vocab_size)
+            corpora.append(PackedDataset(data, sequence_length, seed, cache))
+        except DataError as error:
+            faults += error.faults
+    if faults:
+        raise DataError(faults)
+    return corpora
+
+
+def blend(corpora: Sequence[PackedDataset], sources: Sequence[DataSource], samples: int, cache: Path) -> BlendedDataset:
+    """The corpora as one stream."""
+    return BlendedDataset(corpora, [source.weight for source in sources], samples, cache)
+
+
+def one_pass(corpora: Sequence[PackedDataset], sources: Sequence[DataSource]) -> int:
+    """Samples that can be drawn before some corpus would repeat."""
+    total = sum(source.weight for source in sources)
+    return min(int(c.samples_per_epoch * total / s.weight) for c, s in zip(corpora, sources, strict=True))

@@ -1,0 +1,1 @@
+"""Training: set-up, one step, the loop, and the folder of a run."""

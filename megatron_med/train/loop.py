@@ -1,0 +1,115 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from megatron_med.checkpoint.folder import prune, step_folder
+from megatron_med.checkpoint.save_load import save_checkpoint
+from megatron_med.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIGNAL
+from megatron_med.model.flops import training_flops_per_token
+from megatron_med.optim.lr_schedule import learning_rate
+from megatron_med.train.metrics import Metrics, make_reporters, memory_bytes, peak_flops
+from megatron_med.train.setup import Run
+from megatron_med.train.signals import StopRequest
+from megatron_med.train.step import StepResult, train_step, validation_loss
+from megatron_med.train.timers import StepTimer
+
+
+def train(run: Run, stop: StopRequest) -> tuple[int, str]:
+    """Trains to ``train.steps`` or until a signal asks for a save.
+
+    Returns:
+        Exit code and reason.
+    """
+    config, progress, folder = run.config, run.progress, run.folder
+    reporters = []
+    if run.context.world.is_first:
+        folder.cut_metrics(progress.step)
+        reporters = make_reporters(config, folder.metrics, folder.tensorboard, progress.step)
+    skipped_in_a_row = 0
+    outcome = EXIT_DONE, f"trained to step {config.train.steps}"
+    while progress.step < config.train.steps:
+        timer = StepTimer(run.context.device)
+        lr = learning_rate(config.lr_schedule, config.optimizer.lr, progress.step + 1, config.train.steps)
+        with timer.phase("data"):
+            batches = run.train_data.load(progress.consumed_samples, config.train.global_batch_size, progress.step + 1)
+        result = train_step(run.machinery, batches, lr, stop.asked, timer)
+        progress.step += 1
+        progress.consumed_samples += config.train.global_batch_size
+
+        metrics = _metrics(run, result, lr, timer)
+        if run.valid_data is not None and _due(run, config.train.valid_interval):
+            metrics["valid_loss"] = _validate(run)
+        for reporter in reporters:
+            reporter.report(metrics)
+
+        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        if skipped_in_a_row >= config.train.max_skipped_steps:
+            outcome = EXIT_FAILED, f"gradients were not finite for {skipped_in_a_row} steps: {_first_bad_gradient(run)}"
+            break
+        if result.stop_asked or _due(run, config.checkpoint.interval):
+            _save(run)
+        if result.stop_asked and progress.step < config.train.steps:
+            outcome = EXIT_SAVED_AFTER_SIGNAL, f"saved step {progress.step} after a signal; start again to go on"
+            break
+    for reporter in reporters:
+        reporter.close()
+    return outcome
+
+
+def _due(run: Run, interval: int) -> bool:
+    """At every ``interval`` steps and at the last one."""
+    step = run.progress.step
+    return step == run.config.train.steps or (interval > 0 and step % interval == 0)
+
+
+def _save(run: Run) -> None:
+    target = step_folder(run.folder.checkpoints, run.progress.step)
+    save_checkpoint(
+        target,
+        run.machinery.optimizer,
+        run.context,
+        sharded=run.shards_optimizer,
+        state=run.checkpoint_state(),
+        tokenizer_files=run.tokenizer.files if run.tokenizer else (),
+    )
+    if run.context.world.is_first:
+        prune(run.folder.checkpoints, run.config.checkpoint.keep, run.config.checkpoint.keep_every)
+        print(f"saved {target}", flush=True)
+
+
+def _validate(run: Run) -> float:
+    assert run.valid_data is not None, "only asked for with validation data"
+    batches = run.valid_data.load(0, len(run.valid_data.dataset), 0)
+    return validation_loss(run.machinery, batches)
+
+
+def _metrics(run: Run, result: StepResult, lr: float, timer: StepTimer) -> Metrics:
+    config, progress = run.config, run.progress
+    seconds = timer.total()
+    length = config.data.sequence_length
+    tokens = config.train.global_batch_size * length
+    flops = tokens * training_flops_per_token(config.model, length) / seconds / run.context.world.size
+    peak = peak_flops(run.context.device)
+    return {
+        "step": progress.step,
+        "loss": result.loss,
+        "lr": lr,
+        "grad_norm": result.gradient_norm,
+        "tokens_per_second": tokens / seconds,
+        "tflops_per_device": flops / 1e12,
+        "mfu": flops / peak if peak else None,
+        "step_seconds": seconds,
+        **{f"{name}_seconds": spent for name, spent in timer.seconds.items()},
+        "memory_bytes": memory_bytes(run.context.device),
+        "consumed_samples": progress.consumed_samples,
+        "consumed_tokens": progress.consumed_samples * length,
+        "eta_seconds": seconds * (config.train.steps - progress.step),
+        "skipped": result.skipped,
+    }
+
+
+def _first_bad_gradient(run: Run) -> str:
+    for item in run.machinery.optimizer.owned:
+        if not item.gradient.isfinite().all():
+            return f"the first is of {item.layout.name} (rank {run.context.world.rank})"
+    return f"none of them on rank {run.context.world.rank}"

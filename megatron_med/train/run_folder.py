@@ -1,0 +1,140 @@
+"""Everything a run writes is below one folder; this file owns it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from megatron_med.checkpoint.folder import CHECKPOINTS, complete_steps, latest_folder
+from megatron_med.errors import ConfigError
+
+IDENTITY = "run.json"
+METRICS = "metrics.jsonl"
+EXIT = "exit.json"
+CONFIG = "config.yaml"
+
+
+class RunFolder:
+    """RUN: checkpoints, metrics, the resolved configuration and the reason of the last exit.
+
+    Args:
+        path: ``train.output_dir``.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / CHECKPOINTS
+        self.metrics = self.path / METRICS
+        self.tensorboard = self.path / "tensorboard"
+        self._lock: FileLock | None = None
+
+    def claim(self) -> None:
+        """Holds the folder as long as this process lives; the system lets go of it when the process is killed.
+
+        Raises:
+            ConfigError: another run is alive in it, or it cannot be made.
+        """
+        if self._lock is not None:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path / ".lock", timeout=0)
+            lock.acquire()
+        except Timeout as error:
+            raise ConfigError(
+                f"train.output_dir is {self.path}: another run is alive in it. Wait for it, stop it, or name another "
+                "folder."
+            ) from error
+        except OSError as error:
+            raise ConfigError(f"train.output_dir is {self.path}: it cannot be written ({error.strerror}).") from error
+        self._lock = lock
+
+    @property
+    def claimed(self) -> bool:
+        return self._lock is not None
+
+    def release(self) -> None:
+        """Lets go of the folder."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def check_identity(self, identity: dict[str, Any]) -> None:
+        """Refuses a folder that holds a run of another model or other data; records this one's in an empty folder.
+
+        Raises:
+            ConfigError: one fault for each field that differs.
+        """
+        path = self.path / IDENTITY
+        if not path.is_file():
+            self.write_json(IDENTITY, identity)
+            return
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        before, now = _flat(stored), _flat(json.loads(json.dumps(identity)))
+        faults = [
+            f"{name} is {now.get(name)!r}, but {self.path} holds a run with {before.get(name)!r}: "
+            "name another train.output_dir, or go on with the same model and data."
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name) and not name.endswith(".path")
+        ]
+        if faults:
+            raise ConfigError(faults)
+
+    def resume_point(self) -> Path | None:
+        """The step to go on from; None where the run has no checkpoint yet."""
+        folder = latest_folder(self.checkpoints)
+        if folder is None and complete_steps(self.checkpoints):
+            steps = complete_steps(self.checkpoints)
+            raise ConfigError(
+                f"{self.checkpoints} holds steps {steps} but no file 'latest': write the name of the step to go on "
+                "from into it."
+            )
+        return folder
+
+    def cut_metrics(self, step: int) -> None:
+        """Removes the lines of steps behind ``step``: they will be run again."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
+                continue  # a line that a crash cut in half
+        _replace(self.metrics, "".join(f"{line}\n" for line in kept))
+
+    def write_exit(self, code: int, reason: str) -> None:
+        """Records how the run ended, for launch scripts: torchrun itself answers 1 for every failure."""
+        self.write_json(EXIT, {"code": code, "reason": reason})
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Writes a small file in one piece."""
+        _replace(self.path / name, json.dumps(content, indent=2) + "\n")
+
+    def write_config(self, text: str) -> None:
+        """Writes the resolved configuration."""
+        _replace(self.path / CONFIG, text)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        items = list(tree.items())
+    elif isinstance(tree, list):
+        items = [(str(index), value) for index, value in enumerate(tree)]
+    else:
+        return {prefix: tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return flat

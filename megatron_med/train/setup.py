@@ -1,0 +1,174 @@
+"""Builds everything a run needs from its configuration."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_med.checkpoint.folder import CheckpointState, read_state, resolve_checkpoint
+from megatron_med.checkpoint.save_load import check_model, check_tokenizer, load_optimizer, verify_checkpoint
+from megatron_med.config import Config
+from megatron_med.data.cache import cache_folder
+from megatron_med.data.gpt import PackedDataset
+from megatron_med.data.loader import BatchLoader
+from megatron_med.data.sources import blend, find_tokenizer, one_pass, open_corpora
+from megatron_med.model.batch import MicroBatch
+from megatron_med.model.build import DTYPES, build_stage
+from megatron_med.optim.optimizer import Optimizer
+from megatron_med.parallel.collectives import broadcast_object
+from megatron_med.parallel.context import ParallelContext, create_context, preflight
+from megatron_med.parallel.data_parallel import DataParallel
+from megatron_med.parallel.parameters import initialise
+from megatron_med.parallel.pipeline import PipelineEngine
+from megatron_med.tokenizer import Tokenizer
+from megatron_med.train.run_folder import RunFolder
+from megatron_med.train.step import Machinery
+
+
+@dataclass
+class Progress:
+    """Where the run stands; all that a resume needs beside the tensors."""
+
+    step: int = 0
+    consumed_samples: int = 0
+
+
+@dataclass
+class Run:
+    """A run that is ready to train."""
+
+    config: Config
+    folder: RunFolder
+    machinery: Machinery
+    train_data: BatchLoader
+    valid_data: BatchLoader | None
+    tokenizer: Tokenizer | None
+    progress: Progress
+
+    @property
+    def context(self) -> ParallelContext:
+        return self.machinery.context
+
+    @property
+    def shards_optimizer(self) -> bool:
+        return self.config.parallel.sharding == "optimizer"
+
+    def checkpoint_state(self) -> CheckpointState:
+        """What a checkpoint of this moment says of itself."""
+        return CheckpointState(
+            model=asdict(self.config.model),
+            tokenizer=self.tokenizer.describe() if self.tokenizer else None,
+            step=self.progress.step,
+            consumed_samples=self.progress.consumed_samples,
+            optimizer_steps=self.machinery.optimizer.steps,
+            run={"precision": self.config.precision, "parallel": asdict(self.config.parallel)},
+        )
+
+
+def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
+    """Joins the ranks, opens data, builds the model, and loads what it goes on from.
+
+    Raises:
+        UserError: data, run folder or checkpoint do not fit the configuration.
+    """
+    context = create_context(config.parallel, device)
+    preflight(context, timedelta(minutes=config.train.timeout_minutes))
+    model, data, train = config.model, config.data, config.train
+    cache = cache_folder(data.cache_dir)
+    tokenizer = find_tokenizer([*data.train, *data.valid], data.tokenizer, model.vocab_size)
+    corpora = open_corpora(data.train, data.sequence_length, train.seed, model.vocab_size, cache)
+    if context.world.is_first:
+        folder.claim()
+        folder.check_identity(_identity(config, corpora))
+
+    machinery = build_machinery(config, context)
+    progress = _load(config, folder, machinery, tokenizer)
+    total = max(train.steps * train.global_batch_size, progress.consumed_samples)
+    remaining = (train.steps - progress.step) * train.global_batch_size
+    total = max(total, progress.consumed_samples + remaining)
+    return Run(
+        config=config,
+        folder=folder,
+        machinery=machinery,
+        train_data=_loader(config, context, blend(corpora, data.train, total, cache)),
+        valid_data=_validation_data(config, context, cache),
+        tokenizer=tokenizer,
+        progress=progress,
+    )
+
+
+def build_machinery(config: Config, context: ParallelContext) -> Machinery:
+    """Model with initial weights, gradient buckets and optimizer."""
+    dtype = DTYPES[config.precision]
+    stage = build_stage(config.model, context, dtype, config.parallel.layers_per_stage)
+    initialise(stage, context, config.train.seed)
+    data_parallel = DataParallel(stage, context, shard=config.parallel.sharding == "optimizer")
+    engine: PipelineEngine[MicroBatch] = PipelineEngine(stage, context, dtype)
+    optimizer = Optimizer(data_parallel, context, config.optimizer)
+    return Machinery(context, stage, engine, data_parallel, optimizer, config.parallel.schedule)
+
+
+def _loader(config: Config, context: ParallelContext, dataset: Any) -> BatchLoader:
+    return BatchLoader(
+        dataset,
+        context,
+        sequence_length=config.data.sequence_length,
+        micro_batch_size=config.train.micro_batch_size,
+        vocab_size=config.model.vocab_size,
+        seed=config.train.seed,
+    )
+
+
+def _validation_data(config: Config, context: ParallelContext, cache: Path) -> BatchLoader | None:
+    """The fixed validation samples: ``train.valid_samples``, or fewer where a corpus would repeat."""
+    if not config.train.valid_interval:
+        return None
+    sources, length = config.data.valid, config.data.sequence_length
+    corpora = open_corpora(sources, length, config.train.seed, config.model.vocab_size, cache)
+    samples = max(1, min(config.train.valid_samples, one_pass(corpora, sources)))
+    return _loader(config, context, blend(corpora, sources, samples, cache))
+
+
+def _identity(config: Config, corpora: list[PackedDataset]) -> dict[str, Any]:
+    """What must stay the same for as long as a RUN lives: the model, the data and their order."""
+    model = asdict(config.model)
+    model.pop("preset")
+    train = [
+        {"path": source.path, "weight": source.weight, "content": corpus.fingerprint}
+        for source, corpus in zip(config.data.train, corpora, strict=True)
+    ]
+    return {
+        "model": model,
+        "data": {"sequence_length": config.data.sequence_length, "train": train},
+        "train": {"seed": config.train.seed},
+    }
+
+
+def _load(config: Config, folder: RunFolder, machinery: Machinery, tokenizer: Tokenizer | None) -> Progress:
+    """RUN's own latest checkpoint first, then ``checkpoint.load``; else the initial weights."""
+    context = machinery.context
+    resume = folder.resume_point() if context.world.is_first else None
+    resume = broadcast_object(resume, context.world)
+    source = resume
+    everything = resume is not None or config.checkpoint.load_state == "all"
+    if source is None:
+        if config.checkpoint.load is None:
+            return Progress()
+        source = resolve_checkpoint(config.checkpoint.load)
+    verify_checkpoint(source, context)
+    state = read_state(source)
+    check_model(state, config.model, source)
+    check_tokenizer(state, tokenizer.describe() if tokenizer else None, source)
+    sharded = config.parallel.sharding == "optimizer"
+    load_optimizer(source, machinery.optimizer, context, sharded=sharded, moments=everything)
+    machinery.data_parallel.publish()
+    if context.world.is_first:
+        print(f"loaded {source} ({'all' if everything else 'weights'})", flush=True)
+    if not everything:
+        return Progress()
+    machinery.optimizer.steps = state.optimizer_steps or 0
+    return Progress(state.step, state.consumed_samples)
