@@ -1,0 +1,41 @@
+"""Joins token files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_med.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_med.data.sources import read_side_file, recorded_tokenizer, side_file, write_side_file
+from megatron_med.errors import DataError, refuse_existing
+
+
+def merge_datasets(prefixes: Sequence[Path], output: Path, overwrite: bool = False) -> tuple[int, int]:
+    """Writes the documents of all prefixes, in order, into one file, and returns documents and tokens.
+
+    Raises:
+        DataError: the files differ in type or tokenizer.
+        TargetExistsError: the output exists.
+    """
+    for suffix in (".bin", ".idx", ".json"):
+        refuse_existing(output.with_name(output.name + suffix), overwrite)
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    sides = [read_side_file(prefix) for prefix in prefixes]
+    first = sides[0]
+    for data, side in zip(datasets, sides, strict=True):
+        if data.dtype != datasets[0].dtype:
+            raise DataError(f"{data.prefix} stores {data.dtype}, {prefixes[0]} {datasets[0].dtype}: tokenize alike.")
+        if (side is None) != (first is None) or (
+            side is not None and first is not None and side["tokenizer"]["files"] != first["tokenizer"]["files"]
+        ):
+            raise DataError(f"{data.prefix} was not made with the tokenizer of {prefixes[0]}: tokenize alike.")
+    with IndexedDatasetWriter(output, datasets[0].dtype) as writer:
+        for data in datasets:
+            writer.add_dataset(data)
+    tokenizer = recorded_tokenizer(prefixes[0])
+    if tokenizer is not None and first is not None:
+        counts = {"documents": writer.documents, "tokens": writer.tokens, "append_eod": first["append_eod"]}
+        write_side_file(output, tokenizer, counts)
+    elif overwrite:
+        side_file(output).unlink(missing_ok=True)
+    return writer.documents, writer.tokens

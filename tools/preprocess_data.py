@@ -1,0 +1,37 @@
+"""Tokenizes JSONL text into the .bin/.idx files that training reads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_med.data.preprocess import PreprocessOptions, preprocess
+from megatron_med.errors import run_command
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", nargs="+", type=Path, required=True, help="JSONL files, one record a line")
+    parser.add_argument("--output-prefix", type=Path, required=True, help="writes PREFIX.bin, PREFIX.idx, PREFIX.json")
+    parser.add_argument(
+        "--tokenizer", required=True, help="a folder, a .model or tokenizer.json file, or vocab.json,merges.txt"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document id")
+    parser.add_argument("--json-key", default="text", help="field that holds the text (default: text)")
+    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines without usable text, count them")
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    arguments = vars(parser.parse_args())
+    arguments["inputs"] = arguments.pop("input")
+    options = PreprocessOptions(**arguments)
+    summary = preprocess(options)
+    print(
+        f"{options.output_prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens, "
+        f"{summary.characters / max(1, summary.tokens):.2f} characters per token"
+    )
+    for reason, count in summary.skipped.most_common():
+        print(f"left out: {count:,} lines, {reason}")
+
+
+if __name__ == "__main__":
+    run_command(main)
