@@ -94,16 +94,15 @@ class _StreamingPlanner(DefaultSavePlanner):
 
 
 def write_streaming(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, make: Mapping[str, Callable[[], Tensor]]
+    folder: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], make: Mapping[str, Callable[[], Tensor]]
 ) -> None:
     """Writes tensors one by one, without a process group.
 
     Args:
         folder: target.
-        shapes: global shape of each tensor.
-        dtype: of all of them.
+        specs: global shape and type of each tensor.
         make: gives a tensor when it is its turn.
     """
-    placeholders = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    placeholders = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
     writer = dcp.FileSystemWriter(folder)
     dcp.save(placeholders, storage_writer=writer, planner=_StreamingPlanner(make), no_dist=True)

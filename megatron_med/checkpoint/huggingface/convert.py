@@ -1,0 +1,182 @@
+"""Import and export. Memory stays at a few tensors; a folder appears under its name only when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_med.checkpoint import folder as folders
+from megatron_med.checkpoint.folder import CheckpointState
+from megatron_med.checkpoint.huggingface.config import from_huggingface, read_config, to_huggingface
+from megatron_med.checkpoint.huggingface.files import open_tensors, write_tensors
+from megatron_med.checkpoint.huggingface.mapping import TensorMap, tensor_maps
+from megatron_med.checkpoint.huggingface.verify import verify_logits
+from megatron_med.checkpoint.save_load import verify_checkpoint
+from megatron_med.checkpoint.storage import Reader, write_streaming
+from megatron_med.config import ModelConfig, model_from_dict
+from megatron_med.errors import CheckpointError, refuse_existing
+from megatron_med.model.build import DTYPES
+from megatron_med.parallel.context import single_process_context
+from megatron_med.tokenizer import Tokenizer, load_tokenizer
+from megatron_med.tokenizer.load import has_tokenizer
+
+_HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def import_huggingface(
+    source: Path, target: Path, *, tokenizer: str | None = None, verify: bool = False, overwrite: bool = False
+) -> Path:
+    """Turns a Hugging Face folder into a checkpoint that any topology loads.
+
+    Args:
+        source: folder with config.json and safetensors.
+        target: checkpoint folder; gets ``step-00000000`` and ``latest``.
+        tokenizer: used instead of the folder's own.
+        verify: compare the logits of both models first, and refuse where they differ.
+        overwrite: replace what is in ``target``.
+
+    Returns:
+        The step folder.
+    """
+    config = from_huggingface(read_config(source))
+    refuse_existing(target, overwrite)
+    loaded = _tokenizer_of(source, tokenizer, config)
+    final = folders.step_folder(target, 0)
+    partial = folders.begin(final)
+    with open_tensors(source) as files:
+        maps = list(tensor_maps(config))
+        for tensor_map in maps:
+            _check_rows(tensor_map, files.shape(tensor_map.theirs[0]), config)
+        specs = {m.layout.name: (m.layout.global_shape, files.dtype(m.theirs[0])) for m in maps}
+        make = {m.layout.name: (lambda m=m: m.to_ours(files.read)) for m in maps}
+        write_streaming(partial, specs, make)
+        dtype = specs["embedding.word.weight"][1]
+    state = CheckpointState(
+        model=asdict(config),
+        tokenizer=loaded.describe() if loaded else None,
+        run={"precision": _NAMES.get(dtype, "fp32"), "imported": True},
+    )
+    folders.write_state(partial, state)
+    if loaded is not None:
+        _copy_tokenizer(loaded, partial / folders.TOKENIZER)
+    if verify:
+        verify_logits(source, partial, config, loaded)
+    if overwrite:
+        _clear(target, keep=partial)
+    folders.commit(final, folders.describe_files(partial, folders.file_names(partial)))
+    return final
+
+
+def export_huggingface(
+    source: Path, target: Path, *, dtype: str | None = None, verify: bool = False, overwrite: bool = False
+) -> None:
+    """Writes config, generation config, tokenizer and weights as a Hugging Face folder.
+
+    Args:
+        source: RUN, RUN/checkpoints or one step.
+        target: the new folder.
+        dtype: fp32, bf16 or fp16; by default the precision of the run or of the imported weights.
+        verify: compare the logits of both models first, and refuse where they differ.
+        overwrite: replace ``target``.
+    """
+    step = folders.resolve_checkpoint(source)
+    refuse_existing(target, overwrite)
+    verify_checkpoint(step, single_process_context())
+    state = folders.read_state(step)
+    config = model_from_dict(state.model)
+    torch_dtype = DTYPES[dtype or state.run.get("precision", "fp32")]
+    stored_tokenizer = step / folders.TOKENIZER
+    loaded = load_tokenizer(stored_tokenizer) if stored_tokenizer.is_dir() else None
+
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write_tensors(partial, _exported(step, config, torch_dtype))
+        bos = loaded.bos_id if loaded else None
+        eos = loaded.eod_id if loaded else None
+        _write_json(partial / "config.json", to_huggingface(config, _HF_DTYPES[torch_dtype], bos, eos))
+        _write_json(partial / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
+        if loaded is not None:
+            _copy_tokenizer(loaded, partial)
+            _describe_sentencepiece(loaded, partial)
+        if verify:
+            verify_logits(partial, step, config, loaded, rounded=torch_dtype)
+        if target.exists():
+            shutil.rmtree(target)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exported(step: Path, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    reader = Reader(step)
+    for tensor_map in tensor_maps(config):
+        tensor = reader.read(tensor_map.layout.name).to(dtype)
+        yield from tensor_map.to_theirs(tensor).items()
+
+
+def _tokenizer_of(source: Path, override: str | None, config: ModelConfig) -> Tokenizer | None:
+    if override is None and not has_tokenizer(source):
+        return None
+    loaded = load_tokenizer(override or source)
+    if loaded.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer {loaded.files[0]} has {loaded.vocab_size} pieces, the model {config.vocab_size}: "
+            "they do not belong together. Give the right one with --tokenizer."
+        )
+    return loaded
+
+
+def _check_rows(tensor_map: TensorMap, shape: tuple[int, ...], config: ModelConfig) -> None:
+    if tensor_map.entry.vocabulary and shape[0] != config.vocab_size:
+        raise CheckpointError(
+            f"{tensor_map.theirs[0]} has {shape[0]} rows, config.json a vocab_size of {config.vocab_size}: "
+            "the folder's files do not belong together."
+        )
+
+
+def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Copies the files under the names that ``load_tokenizer`` and Hugging Face look for in a folder."""
+    folder.mkdir(exist_ok=True)
+    names = [file.name for file in tokenizer.files]
+    if names[0].endswith(".model"):
+        names[0] = "tokenizer.model"
+    elif len(names) > 1 and "tokenizer.json" not in names:
+        names[:2] = ["vocab.json", "merges.txt"]
+    elif names[0].endswith(".json"):
+        names[0] = "tokenizer.json"
+    for file, name in zip(tokenizer.files, names, strict=True):
+        if not (folder / name).exists():
+            shutil.copyfile(file, folder / name)
+
+
+def _describe_sentencepiece(tokenizer: Tokenizer, folder: Path) -> None:
+    """A bare SentencePiece model or GPT-2 vocabulary needs a tokenizer_config.json for Hugging Face."""
+    path = folder / "tokenizer_config.json"
+    if path.exists():
+        return
+    if (folder / "tokenizer.model").exists():
+        tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        _write_json(path, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, **tokens})
+    elif (folder / "merges.txt").exists():
+        tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+        _write_json(path, {"tokenizer_class": "GPT2Tokenizer", **tokens})
+
+
+def _clear(target: Path, keep: Path) -> None:
+    for path in target.iterdir():
+        if path != keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

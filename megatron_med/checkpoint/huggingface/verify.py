@@ -1,0 +1,89 @@
+"""Runs our model and transformers' on the same token ids and compares the logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_med.checkpoint.save_load import load_weights
+from megatron_med.config import ModelConfig
+from megatron_med.errors import CheckpointError
+from megatron_med.model.batch import MicroBatch
+from megatron_med.model.build import build_stage
+from megatron_med.parallel.context import single_process_context
+from megatron_med.parallel.random import generator_of
+from megatron_med.tokenizer import Tokenizer
+
+TOLERANCE = 1e-4
+"""Largest difference of a logit in fp32, relative to the largest logit or 1."""
+
+_TEXT = (
+    "A 62-year-old woman with type 2 diabetes and chronic kidney disease was admitted with dyspnoea. Serum "
+    "creatinine was 2.4 mg/dL, HbA1c 8.1 %, and echocardiography showed a reduced ejection fraction."
+)
+
+
+def verify_logits(
+    huggingface: Path,
+    checkpoint: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None,
+    rounded: torch.dtype = torch.float32,
+) -> float:
+    """Compares both models in fp32 on real token ids, or on seeded random ones where there is no tokenizer.
+
+    Args:
+        huggingface: folder of the Hugging Face model.
+        checkpoint: step folder of ours.
+        config: the model.
+        tokenizer: makes the ids.
+        rounded: type that the Hugging Face weights were rounded to.
+
+    Returns:
+        The largest difference of a logit.
+
+    Raises:
+        CheckpointError: the logits differ, or transformers is not installed.
+    """
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError as error:
+        raise CheckpointError("--verify needs transformers: pip install 'megatron_med[verify]'.") from error
+    ids = _ids(config, tokenizer)
+    theirs_model = AutoModelForCausalLM.from_pretrained(huggingface, dtype=torch.float32).eval()
+    with torch.no_grad():
+        theirs = theirs_model(ids).logits.float()
+    del theirs_model
+    ours = our_logits(checkpoint, config, ids, rounded)
+    difference = (ours - theirs).abs().max().item()
+    limit = TOLERANCE * max(1.0, theirs.abs().max().item())
+    if not difference <= limit:
+        raise CheckpointError(
+            f"The logits differ by up to {difference:.3g} (limit {limit:.3g}) between {huggingface} and {checkpoint}: "
+            "the conversion is wrong, nothing was written."
+        )
+    print(f"verified: logits of {ids.numel()} tokens differ by at most {difference:.2g}")
+    return difference
+
+
+@torch.no_grad()
+def our_logits(checkpoint: Path, config: ModelConfig, ids: Tensor, rounded: torch.dtype = torch.float32) -> Tensor:
+    """fp32 logits ``[batch, seq, vocabulary]`` of a checkpoint on one process."""
+    context = single_process_context()
+    stage = build_stage(config, context, torch.float32)
+    load_weights(checkpoint, stage, context)
+    for parameter in stage.parameters():
+        parameter.copy_(parameter.to(rounded))
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    batch = MicroBatch(tokens=ids, labels=ids, loss_mask=torch.ones(ids.shape), positions=positions)
+    logits = stage.eval()(None, batch)
+    return logits.transpose(0, 1)[..., : config.vocab_size].float()
+
+
+def _ids(config: ModelConfig, tokenizer: Tokenizer | None) -> Tensor:
+    length = min(64, config.max_position_embeddings)
+    if tokenizer is not None:
+        return torch.tensor([tokenizer.encode(_TEXT)[:length]])
+    return torch.randint(config.vocab_size, (2, length), generator=generator_of("verify"))

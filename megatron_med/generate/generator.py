@@ -1,0 +1,101 @@
+"""Generates token by token with a key/value cache, on every rank of a TP x PP grid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_med.checkpoint.folder import TOKENIZER, read_state, resolve_checkpoint
+from megatron_med.checkpoint.save_load import load_weights, verify_checkpoint
+from megatron_med.config import model_from_dict
+from megatron_med.errors import CheckpointError
+from megatron_med.generate.sampling import Sampling, next_token
+from megatron_med.model.batch import MicroBatch
+from megatron_med.model.build import build_stage
+from megatron_med.model.cache import KeyValueCache
+from megatron_med.parallel.collectives import broadcast, gather_last_dim
+from megatron_med.parallel.context import ParallelContext
+from megatron_med.parallel.p2p import PipelineLink
+from megatron_med.parallel.random import generator_of
+from megatron_med.tokenizer import Tokenizer, load_tokenizer
+
+
+class Generator:
+    """A model loaded for generation.
+
+    Args:
+        checkpoint: RUN, RUN/checkpoints or one step.
+        context: the grid, without sequence parallelism; all its ranks call the same methods.
+        dtype: of the arithmetic.
+        layers_per_stage: layers of each stage; None splits them by cost.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        context: ParallelContext,
+        dtype: torch.dtype,
+        layers_per_stage: list[int] | None = None,
+    ) -> None:
+        assert not context.sequence_parallel, "single tokens cannot be cut along the sequence"
+        step = resolve_checkpoint(checkpoint)
+        verify_checkpoint(step, context)
+        self.config = model_from_dict(read_state(step).model)
+        self._context = context
+        self._stage = build_stage(self.config, context, dtype, layers_per_stage).eval()
+        load_weights(step, self._stage, context)
+        self._link = PipelineLink(context, dtype)
+        stored = step / TOKENIZER
+        self.tokenizer: Tokenizer | None = load_tokenizer(stored) if stored.is_dir() else None
+
+    @torch.no_grad()
+    def stream(
+        self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, seed: int = 0, stop_id: int | None = None
+    ) -> Iterator[int]:
+        """New ids one by one, equal on every rank.
+
+        Raises:
+            CheckpointError: prompt and new tokens do not fit into the model's context.
+        """
+        limit = self.config.max_position_embeddings
+        if not prompt or len(prompt) + max_new_tokens > limit:
+            raise CheckpointError(
+                f"The prompt has {len(prompt)} tokens and {max_new_tokens} new ones are asked for: at least 1 and "
+                f"together at most {limit} (max_position_embeddings) fit. Shorten one of them."
+            )
+        generator = generator_of("generate", seed, device=self._context.device)
+        cache = KeyValueCache()
+        tokens = torch.tensor([list(prompt)], device=self._context.device)
+        position = 0
+        for _ in range(max_new_tokens):
+            logits = self.logits(tokens, position, cache)
+            position += tokens.shape[1]
+            tokens = self._choose(logits, sampling, generator)
+            token = int(tokens.item())
+            yield token
+            if token == stop_id:
+                return
+
+    @torch.no_grad()
+    def logits(self, tokens: Tensor, position: int = 0, cache: KeyValueCache | None = None) -> Tensor | None:
+        """fp32 logits ``[seq, batch, vocabulary]`` of ``[batch, seq]`` tokens; None but on the last stage."""
+        positions = torch.arange(position, position + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        batch = MicroBatch(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32), positions)
+        context = self._context
+        received = None if context.is_first_stage else self._link.receive_forward(self._stage.hidden_shape(batch))
+        out = self._stage(received, batch, cache)
+        if context.is_last_stage:
+            return gather_last_dim(out, context.tp)[..., : self.config.vocab_size].float()
+        self._link.send_forward(out)
+        self._link.drain()
+        return None
+
+    def _choose(self, logits: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
+        """The last stage chooses; all stages hear of it. ``[batch, 1]``."""
+        chosen = torch.zeros(1, 1, dtype=torch.int64, device=self._context.device)
+        if logits is not None:
+            chosen = next_token(logits[-1], sampling, generator).unsqueeze(-1)
+        return broadcast(chosen, self._context.pp, self._context.pp.size - 1)

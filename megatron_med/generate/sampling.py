@@ -1,0 +1,38 @@
+"""Chooses the next token from logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: only the k most likely tokens; 0: all.
+        top_p: only the most likely tokens whose probabilities add up to p (Holtzman et al. 2020).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
+    """``[batch, vocabulary]`` fp32 logits -> ``[batch]`` ids."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    scaled = logits / sampling.temperature
+    if sampling.top_k:
+        lowest = scaled.topk(min(sampling.top_k, scaled.shape[-1])).values[..., -1:]
+        scaled = scaled.masked_fill(scaled < lowest, float("-inf"))
+    if sampling.top_p < 1:
+        ordered, order = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(dim=-1) - ordered >= sampling.top_p
+        scaled = scaled.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
+    return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator).squeeze(-1)
