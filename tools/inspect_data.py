@@ -35,7 +35,9 @@ def _print_summary(data: IndexedDataset) -> None:
         print("no side file: the tokenizer is not recorded")
         return
     tokenizer = side["tokenizer"]
-    print(f"tokenizer: {tokenizer['paths'][0]}, {tokenizer['vocab_size']:,} pieces, end of document {tokenizer['eod_id']}")
+    print(
+        f"tokenizer: {tokenizer['paths'][0]}, {tokenizer['vocab_size']:,} pieces, end of document {tokenizer['eod_id']}"
+    )
 
 
 def _print_document(data: IndexedDataset, document: int, override: str | None) -> None:

@@ -30,7 +30,9 @@ def main() -> None:
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     print(f"{arguments.output}: {size:,} pieces")
     if size < arguments.vocab_size:
-        print(f"the text has pairs for {size:,} pieces only, not {arguments.vocab_size:,}: set model.vocab_size: {size}")
+        print(
+            f"the text has pairs for {size:,} pieces only, not {arguments.vocab_size:,}: set model.vocab_size: {size}"
+        )
     if skipped:
         print(f"left out: {len(skipped):,} lines, the first is {skipped[0]}")
 

@@ -146,7 +146,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
         CheckpointError: there is none, or it is half-written.
     """
     given = Path(path)
-    if given.name.endswith(_PARTIAL) or (given.is_dir() and (given / STATE).exists() and not (given / MANIFEST).exists()):
+    if given.name.endswith(_PARTIAL) or (
+        given.is_dir() and (given / STATE).exists() and not (given / MANIFEST).exists()
+    ):
         raise CheckpointError(f"{given} is a half-written checkpoint. {_offer_previous(given)}")
     if (given / MANIFEST).is_file():
         return given
@@ -203,7 +205,9 @@ def _offer_previous(folder: Path) -> str:
     if not earlier:
         return "There is no earlier checkpoint beside it."
     previous = step_folder(folder.parent, earlier[-1])
-    return f"The one before it is {previous}: write '{previous.name}' into {folder.parent / LATEST} to go on from there."
+    return (
+        f"The one before it is {previous}: write '{previous.name}' into {folder.parent / LATEST} to go on from there."
+    )
 
 
 def _sha256(path: Path) -> str:

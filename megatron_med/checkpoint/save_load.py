@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.folder import CheckpointState
-from megatron_med.checkpoint.storage import Reader
+from megatron_med.checkpoint.storage import Reader, load_entries
 from megatron_med.checkpoint.views import optimizer_views, weight_views
 from megatron_med.config import ModelConfig
 from megatron_med.errors import CheckpointError
@@ -91,7 +91,9 @@ def verify_checkpoint(folder: Path, context: ParallelContext) -> None:
         raise folders.damage_error(folder, found)
 
 
-def load_optimizer(folder: Path, optimizer: Optimizer, context: ParallelContext, *, sharded: bool, moments: bool) -> None:
+def load_optimizer(
+    folder: Path, optimizer: Optimizer, context: ParallelContext, *, sharded: bool, moments: bool
+) -> None:
     """Fills masters, and moments where asked, of any topology; the caller publishes them to the model."""
     entries = optimizer_views(optimizer, context, sharded, moments)
     _load(entries, folder)
@@ -148,7 +150,7 @@ def _load(entries: dict[str, Tensor], folder: Path) -> None:
             f"The checkpoint {folder} does not hold {missing[0]} ({len(missing)} entries are missing). "
             "Load it with checkpoint.load_state: weights, or choose another one."
         )
-    dcp.load(entries, storage_reader=reader, no_dist=not dist.is_initialized())
+    load_entries(entries, reader, no_dist=not dist.is_initialized())
 
 
 def _share(partial: Path, context: ParallelContext) -> list[str]:
@@ -187,7 +189,9 @@ def _raise_together(failure: str | None, target: Path, context: ParallelContext)
     broadcast_object(None, context.world)
     latest = target.parent / folders.LATEST
     stays = f"The last good checkpoint stays: {latest.read_text().strip()}." if latest.is_file() else ""
-    raise CheckpointError(f"The checkpoint {target} could not be written: {failures[0]}. Make room and start again. {stays}")
+    raise CheckpointError(
+        f"The checkpoint {target} could not be written: {failures[0]}. Make room and start again. {stays}"
+    )
 
 
 def _first_cause(error: BaseException) -> str:

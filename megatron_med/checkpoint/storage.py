@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ class Reader(dcp.FileSystemReader):
     def read(self, name: str) -> Tensor:
         """One whole tensor, without a process group."""
         tensor = torch.empty(self.shapes()[name], dtype=self.dtype(name))
-        dcp.load({name: tensor}, storage_reader=self, no_dist=True)
+        load_entries({name: tensor}, self, no_dist=True)
         return tensor
 
 
@@ -105,4 +107,19 @@ def write_streaming(
     """
     placeholders = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
     writer = dcp.FileSystemWriter(folder)
-    dcp.save(placeholders, storage_writer=writer, planner=_StreamingPlanner(make), no_dist=True)
+    with _without_single_process_warning():
+        dcp.save(placeholders, storage_writer=writer, planner=_StreamingPlanner(make), no_dist=True)
+
+
+def load_entries(entries: dict[str, Tensor], reader: Reader, *, no_dist: bool) -> None:
+    """Fills tensors in place from a checkpoint, converted to their types."""
+    with _without_single_process_warning():
+        dcp.load(entries, storage_reader=reader, no_dist=no_dist)
+
+
+@contextmanager
+def _without_single_process_warning() -> Iterator[None]:
+    """DCP warns where there is no process group; the tools have none on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

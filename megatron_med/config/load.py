@@ -135,7 +135,9 @@ def _hints(cls: type) -> dict[str, Any]:
 
 def _sections(cls: type) -> dict[str, type]:
     """Names of the fields of ``cls`` that are dataclasses themselves."""
-    return {name: hint for name, hint in _hints(cls).items() if dataclasses.is_dataclass(hint)}
+    return {
+        name: hint for name, hint in _hints(cls).items() if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    }
 
 
 def _leaves(cls: type, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:

@@ -15,8 +15,7 @@ _LLAMA2: dict[str, Any] = {
 _GPT2: dict[str, Any] = {"family": "gpt2", "norm_eps": 1.0e-5, "max_position_embeddings": 1024}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "llama2-7b": _LLAMA2
-    | {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 11008},
+    "llama2-7b": _LLAMA2 | {"num_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 11008},
     "llama2-13b": _LLAMA2
     | {"num_layers": 40, "hidden_size": 5120, "num_attention_heads": 40, "ffn_hidden_size": 13824},
     "llama2-70b": _LLAMA2

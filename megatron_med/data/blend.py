@@ -23,9 +23,7 @@ class BlendedDataset:
         cache: folder for the index arrays.
     """
 
-    def __init__(
-        self, corpora: Sequence[PackedDataset], weights: Sequence[float], samples: int, cache: Path
-    ) -> None:
+    def __init__(self, corpora: Sequence[PackedDataset], weights: Sequence[float], samples: int, cache: Path) -> None:
         self._corpora = list(corpora)
         self._samples = samples
         self._blend = None

@@ -99,9 +99,7 @@ def _blend(weights: list[int], samples: int) -> tuple[npt.NDArray[np.int16], Int
     set_of = np.empty(samples, np.int16)
     index_of = np.empty(samples, np.int64)
     for step in range(1, samples + 1):
-        eligible = [
-            i for i in range(sets) if sets == 1 or (weights[i] * step - total * taken[i]) * slack >= total
-        ]
+        eligible = [i for i in range(sets) if sets == 1 or (weights[i] * step - total * taken[i]) * slack >= total]
         chosen = min(eligible, key=lambda i: Fraction((taken[i] + 1) * slack - 1, weights[i]))
         set_of[step - 1], index_of[step - 1] = chosen, taken[chosen]
         taken[chosen] += 1

@@ -71,4 +71,6 @@ def check_inputs(files: Sequence[Path]) -> None:
 
 def bad_line_error(place: str, reason: str) -> DataError:
     """The error for a line that cannot be used."""
-    return DataError(f"{place}: {reason}. Mend the line, or pass --skip-bad-lines to leave such lines out and count them.")
+    return DataError(
+        f"{place}: {reason}. Mend the line, or pass --skip-bad-lines to leave such lines out and count them."
+    )

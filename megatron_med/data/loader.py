@@ -64,9 +64,10 @@ class BatchLoader:
 
     def _checked(self, sample: int) -> np.ndarray:
         ids = self.dataset.sample(sample)
-        if ids.min() < 0 or ids.max() >= self._vocab_size:
+        low, high = ids.min(), ids.max()
+        if low < 0 or high >= self._vocab_size:
             raise DataError(
-                f"{self.dataset.source(sample)}.bin holds id {ids.max() if ids.max() >= self._vocab_size else ids.min()}"
-                f": model.vocab_size is {self._vocab_size}. Tokenize with this model's tokenizer."
+                f"{self.dataset.source(sample)}.bin holds the id {high if high >= self._vocab_size else low}: "
+                f"model.vocab_size is {self._vocab_size}. Tokenize with this model's tokenizer."
             )
         return ids

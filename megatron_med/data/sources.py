@@ -86,15 +86,17 @@ def find_tokenizer(sources: Sequence[DataSource], override: str | None, vocab_si
         assert tokenizer is not None, "a side file names a tokenizer"
         theirs, ours = recorded["tokenizer"], tokenizer.describe()
         main = next(iter(theirs["files"]))
-        if theirs["vocab_size"] != ours["vocab_size"] or theirs["files"][main] != ours["files"].get(main, theirs["files"][main]):
+        if theirs["vocab_size"] != ours["vocab_size"] or theirs["files"][main] != ours["files"].get(
+            main, theirs["files"][main]
+        ):
             raise DataError(
                 f"{source.path} was made with another tokenizer ({main}, {theirs['vocab_size']} pieces) than the run "
                 f"uses ({tokenizer.files[0]}, {ours['vocab_size']} pieces). Tokenize all corpora with one."
             )
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(
-            f"The tokenizer {tokenizer.files[0]} has {tokenizer.vocab_size} pieces and model.vocab_size is {vocab_size}: "
-            f"set model.vocab_size: {tokenizer.vocab_size}."
+            f"The tokenizer {tokenizer.files[0]} has {tokenizer.vocab_size} pieces and model.vocab_size is "
+            f"{vocab_size}: set model.vocab_size: {tokenizer.vocab_size}."
         )
     return tokenizer
 

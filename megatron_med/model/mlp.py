@@ -19,7 +19,9 @@ def gate_up_parts(config: ModelConfig) -> dict[str, Tensor]:
     return {"gate": rows[0], "up": rows[1]}
 
 
-def _down(layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, bias: bool) -> RowParallelLinear:
+def _down(
+    layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, bias: bool
+) -> RowParallelLinear:
     return RowParallelLinear(
         f"layers.{layer}.mlp.down",
         (config.hidden_size, config.ffn_hidden_size),

@@ -12,9 +12,9 @@ from megatron_med.config import ModelConfig
 from megatron_med.kernels import functional as kernels
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.cache import KeyValueCache
+from megatron_med.parallel.collectives import enter_tensor_parallel
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron_med.parallel.collectives import enter_tensor_parallel
 from megatron_med.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 
 
@@ -47,9 +47,7 @@ class Transformer(nn.Module, ABC):
         if context.is_last_stage:
             self.final_norm = self.make_norm("final_norm", dtype)
             if not tied:
-                self.head = ColumnParallelLinear(
-                    "head", shape, context, dtype, bias=False, init_std=config.init_std
-                )
+                self.head = ColumnParallelLinear("head", shape, context, dtype, bias=False, init_std=config.init_std)
 
     @abstractmethod
     def make_layer(self, layer: int, dtype: torch.dtype) -> nn.Module:

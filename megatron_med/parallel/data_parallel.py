@@ -210,7 +210,9 @@ class _Bucket:
         if self._axis.group is not None:
             buffer = self._flat.new_empty(self._axis.size, self._row)
             self._pack(buffer, [s.pieces(grad) for s, grad in zip(self._slicings, self._main_grads, strict=True)])
-            self._launch(dist.reduce_scatter_single(self._reduced, buffer.view(-1), group=self._axis.group, async_op=True))
+            self._launch(
+                dist.reduce_scatter_single(self._reduced, buffer.view(-1), group=self._axis.group, async_op=True)
+            )
             rest = self._context.dp_replicate
         else:
             rest = self._context.dp if self._axis.size == 1 else self._context.dp_replicate

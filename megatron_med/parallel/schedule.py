@@ -113,7 +113,11 @@ def simulate(schedule: Schedule, forward_time: float = 1.0, backward_time: float
                 remaining -= 1
                 progressed = True
         if not progressed:
-            stuck = {stage: actions[position[stage]] for stage, actions in enumerate(schedule) if position[stage] < len(actions)}
+            stuck = {
+                stage: actions[position[stage]]
+                for stage, actions in enumerate(schedule)
+                if position[stage] < len(actions)
+            }
             raise ScheduleError(f"deadlock: {stuck}")
     makespan = max(clock)
     busy = sum(end - start for _, _, start, end in intervals)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -60,6 +61,24 @@ def train_step(
         stop_asked: whether this rank was signalled.
         timer: gets the phases' seconds.
     """
+    local_loss = compute_gradients(machinery, batches, timer)
+    with timer.phase("communication"):
+        norm = machinery.optimizer.gradient_norm()
+        loss, stop_together = _share(local_loss, stop_asked, machinery.context)
+    norm_value = norm.item()
+    finite = math.isfinite(norm_value)
+    if finite:
+        with timer.phase("optimizer"):
+            machinery.optimizer.step(norm, lr)
+    return StepResult(loss, norm_value, not finite, stop_together)
+
+
+def compute_gradients(machinery: Machinery, batches: Sequence[MicroBatch], timer: StepTimer) -> Tensor:
+    """Leaves the gradient of the global batch's mean loss in every owned slice, summed over all ranks.
+
+    Returns:
+        This rank's part of the loss: zero but on the last stage.
+    """
     context = machinery.context
     machinery.stage.train()
     machinery.data_parallel.zero_gradients()
@@ -75,14 +94,7 @@ def train_step(
         )
     with timer.phase("communication"):
         machinery.data_parallel.finish()
-        norm = machinery.optimizer.gradient_norm()
-        loss, stop_together = _share(loss_sum / tokens, stop_asked, context)
-    norm_value = norm.item()
-    finite = torch.isfinite(norm).item() is True
-    if finite:
-        with timer.phase("optimizer"):
-            machinery.optimizer.step(norm, lr)
-    return StepResult(loss, norm_value, not finite, stop_together)
+    return loss_sum / tokens
 
 
 @torch.no_grad()

@@ -37,7 +37,9 @@ def from_huggingface(config: dict[str, Any]) -> ModelConfig:
     if family == "gpt2":
         _refuse(config, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False})
         if config.get("activation_function", "gelu_new") not in _GPT2_GELUS:
-            raise CheckpointError(f"config.json: activation_function is {config['activation_function']}: only GELU is known.")
+            raise CheckpointError(
+                f"config.json: activation_function is {config['activation_function']}: only GELU is known."
+            )
         return _gpt2(config)
     raise CheckpointError(f"config.json: model_type is {family}: only llama and gpt2 can be imported.")
 

@@ -50,7 +50,31 @@ def import_huggingface(
     refuse_existing(target, overwrite)
     loaded = _tokenizer_of(source, tokenizer, config)
     final = folders.step_folder(target, 0)
+    created = not target.exists()
     partial = folders.begin(final)
+    try:
+        precision = _write_weights(source, partial, config)
+        state = CheckpointState(
+            model=asdict(config),
+            tokenizer=loaded.describe() if loaded else None,
+            run={"precision": precision, "imported": True},
+        )
+        folders.write_state(partial, state)
+        if loaded is not None:
+            _copy_tokenizer(loaded, partial / folders.TOKENIZER)
+        if verify:
+            verify_logits(source, partial, config, loaded)
+        if overwrite:
+            _clear(target, keep=partial)
+        folders.commit(final, folders.describe_files(partial, folders.file_names(partial)))
+    except BaseException:
+        shutil.rmtree(target if created else partial, ignore_errors=True)
+        raise
+    return final
+
+
+def _write_weights(source: Path, partial: Path, config: ModelConfig) -> str:
+    """Streams all tensors into a checkpoint folder, in the types they have; returns the name of their precision."""
     with open_tensors(source) as files:
         maps = list(tensor_maps(config))
         for tensor_map in maps:
@@ -58,21 +82,7 @@ def import_huggingface(
         specs = {m.layout.name: (m.layout.global_shape, files.dtype(m.theirs[0])) for m in maps}
         make = {m.layout.name: (lambda m=m: m.to_ours(files.read)) for m in maps}
         write_streaming(partial, specs, make)
-        dtype = specs["embedding.word.weight"][1]
-    state = CheckpointState(
-        model=asdict(config),
-        tokenizer=loaded.describe() if loaded else None,
-        run={"precision": _NAMES.get(dtype, "fp32"), "imported": True},
-    )
-    folders.write_state(partial, state)
-    if loaded is not None:
-        _copy_tokenizer(loaded, partial / folders.TOKENIZER)
-    if verify:
-        verify_logits(source, partial, config, loaded)
-    if overwrite:
-        _clear(target, keep=partial)
-    folders.commit(final, folders.describe_files(partial, folders.file_names(partial)))
-    return final
+    return _NAMES.get(specs["embedding.word.weight"][1], "fp32")
 
 
 def export_huggingface(

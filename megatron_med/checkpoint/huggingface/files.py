@@ -29,6 +29,10 @@ class TensorFiles:
     def __init__(self, handles: dict[str, Any]) -> None:
         self._handles = handles
 
+    def names(self) -> list[str]:
+        """Names of all tensors."""
+        return sorted(self._handles)
+
     def spelling(self, name: str) -> str:
         """The name under which the folder holds a tensor."""
         for candidate in (name, name.removeprefix("transformer.")):

@@ -49,8 +49,10 @@ def verify_logits(
     """
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise CheckpointError("--verify needs transformers: pip install 'megatron_med[verify]'.") from error
+    transformers_logging.disable_progress_bar()
     ids = _ids(config, tokenizer)
     theirs_model = AutoModelForCausalLM.from_pretrained(huggingface, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -1,0 +1,150 @@
+"""Trains a few steps on test ranks and gathers what comparisons need: losses, norms, first gradients."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_med.config.schema import (
+    Config,
+    DataConfig,
+    DataSource,
+    LRScheduleConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+from megatron_med.config.validate import validate
+from megatron_med.data.cache import cache_folder
+from megatron_med.data.loader import BatchLoader
+from megatron_med.data.sources import blend, open_corpora
+from megatron_med.optim.lr_schedule import learning_rate
+from megatron_med.parallel.context import create_context
+from megatron_med.train.setup import build_machinery
+from megatron_med.train.step import Machinery, compute_gradients, train_step
+from megatron_med.train.timers import StepTimer
+
+STEPS = 20
+
+LLAMA = {
+    "family": "llama",
+    "num_layers": 5,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "ffn_hidden_size": 88,
+    "vocab_size": 512,
+    "max_position_embeddings": 64,
+}
+GPT2 = {
+    "family": "gpt2",
+    "num_layers": 5,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "vocab_size": 512,
+    "max_position_embeddings": 64,
+}
+MODELS = {"llama": LLAMA, "gpt2": GPT2}
+
+
+@dataclass
+class Trained:
+    """What a run gave.
+
+    Attributes:
+        gradients: of every parameter at step 1, whole, by canonical name.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, np.ndarray]
+
+
+def make_config(
+    prefix: Path, model: dict[str, Any], *, precision: str = "fp32", steps: int = STEPS, **parallel: Any
+) -> Config:
+    """A run of a small model on a token file."""
+    return Config(
+        model=ModelConfig(**model),
+        data=DataConfig(sequence_length=32, train=[DataSource(str(prefix))]),
+        train=TrainConfig(steps=steps, global_batch_size=8, output_dir="unused", seed=11),
+        parallel=ParallelConfig(**parallel),
+        optimizer=OptimizerConfig(lr=4e-3),
+        lr_schedule=LRScheduleConfig(warmup_steps=8, min_lr=1e-3),
+        precision=precision,  # type: ignore[arg-type]
+    )
+
+
+def set_up(config: Config) -> tuple[Machinery, BatchLoader]:
+    """Machinery and data of this rank."""
+    faults = validate(config, dist.get_world_size())
+    assert not faults, faults
+    context = create_context(config.parallel, torch.device("cpu"))
+    machinery = build_machinery(config, context)
+    cache = cache_folder(None)
+    seed, length = config.train.seed, config.data.sequence_length
+    corpora = open_corpora(config.data.train, length, seed, config.model.vocab_size, cache)
+    dataset = blend(corpora, config.data.train, config.train.steps * config.train.global_batch_size, cache)
+    loader = BatchLoader(
+        dataset,
+        context,
+        sequence_length=length,
+        micro_batch_size=config.train.micro_batch_size,
+        vocab_size=config.model.vocab_size,
+        seed=seed,
+    )
+    return machinery, loader
+
+
+def train_ranks(config: Config) -> tuple[list[float], list[float], list[tuple[str, tuple[int, ...], Any, np.ndarray]]]:
+    """Trains on every rank; losses, norms, and this rank's slices of the first step's gradients."""
+    machinery, loader = set_up(config)
+    size = config.train.global_batch_size
+    compute_gradients(machinery, loader.load(0, size, 1), StepTimer(torch.device("cpu")))
+    slices = [_gradient_slice(machinery, item) for item in machinery.optimizer.owned]
+    losses, norms = [], []
+    for step in range(1, config.train.steps + 1):
+        lr = learning_rate(config.lr_schedule, config.optimizer.lr, step, config.train.steps)
+        batches = loader.load((step - 1) * size, size, step)
+        result = train_step(machinery, batches, lr, False, StepTimer(torch.device("cpu")))
+        losses.append(result.loss)
+        norms.append(result.gradient_norm)
+    return losses, norms, slices
+
+
+def _gradient_slice(machinery: Machinery, item: Any) -> tuple[str, tuple[int, ...], Any, np.ndarray]:
+    """Name, global shape, where the slice lies (start and stop of each dimension), values."""
+    layout, context = item.layout, machinery.context
+    where = [[0, size] for size in layout.global_shape]
+    if layout.tp_dim is not None:
+        length = layout.global_shape[layout.tp_dim] // context.tp.size
+        where[layout.tp_dim] = [context.tp.rank * length, (context.tp.rank + 1) * length]
+    if item.gradient.shape != item.parameter.shape:
+        start, stop = where[layout.dp_dim]
+        chunk = -(-(stop - start) // context.dp_shard.size)
+        begin = min(start + context.dp_shard.rank * chunk, stop)
+        where[layout.dp_dim] = [begin, min(begin + chunk, stop)]
+    return layout.name, layout.global_shape, where, item.gradient.clone().numpy()
+
+
+def gather(results: list[Any]) -> Trained:
+    """Joins what the ranks returned; every copy of a gradient must be equal."""
+    losses, norms, _ = results[0]
+    gradients: dict[str, np.ndarray] = {}
+    for other_losses, other_norms, slices in results:
+        assert other_losses == losses, "ranks disagree on the loss"
+        assert other_norms == norms, "ranks disagree on the gradient norm"
+        for name, shape, where, values in slices:
+            whole = gradients.setdefault(name, np.full(shape, np.nan, np.float32))
+            region = tuple(slice(start, stop) for start, stop in where)
+            if not np.isnan(whole[region]).any():
+                np.testing.assert_allclose(whole[region], values, rtol=1e-4, atol=1e-7, err_msg=name)
+            whole[region] = values
+    assert not any(np.isnan(gradient).any() for gradient in gradients.values()), "a gradient has holes"
+    return Trained(losses, norms, gradients)

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Makes a virtual environment with megatron_med in it and prints its path. Does nothing where it is up to date.
+#   tools/setup_env.sh [EXTRA]        EXTRA: verify, test, ... (see pyproject.toml)
+# MEGATRON_MED_VENV          where it goes (default: ~/.cache/megatron_med/venv)
+# MEGATRON_MED_TORCH_INDEX   package index for torch, e.g. https://download.pytorch.org/whl/cpu for the CPU build
+# PYTHON                     the interpreter (default: python3), 3.11 or newer
+set -euo pipefail
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${MEGATRON_MED_VENV:-$HOME/.cache/megatron_med/venv}
+extra=${1:-verify}
+python=${PYTHON:-python3}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "error: $python is $("$python" --version 2>&1); Python 3.11 or newer is needed. Set PYTHON." >&2
+  exit 2
+}
+state=$(cat "$repository"/{constraints.txt,pyproject.toml,setup.py,csrc/index/index.cpp} | cksum)
+stamp="$venv/.megatron_med-$extra"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$repository $state" ]; then
+  echo "setting up $venv (once; a few minutes)" >&2
+  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+  pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+  # torch comes first and pinned, so that nothing behind it pulls another build.
+  if [ -n "${MEGATRON_MED_TORCH_INDEX:-}" ]; then
+    "${pip[@]}" --index-url "$MEGATRON_MED_TORCH_INDEX" torch==2.13.0 >&2
+  else
+    "${pip[@]}" torch==2.13.0 >&2
+  fi
+  "${pip[@]}" -c "$repository/constraints.txt" setuptools wheel pybind11 >&2
+  "${pip[@]}" -c "$repository/constraints.txt" --no-build-isolation -e "$repository[$extra]" >&2
+  printf '%s' "$repository $state" > "$stamp"
+fi
+echo "$venv"
