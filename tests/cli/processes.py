@@ -1,0 +1,106 @@
+"""Starts the commands of the README as real processes and never leaves one behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import REPOSITORY
+
+TIMEOUT = 240
+
+
+def environment() -> dict[str, str]:
+    """This process' environment without the marks of a launcher."""
+    drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
+    return {key: value for key, value in os.environ.items() if key not in drop} | {"OMP_NUM_THREADS": "1"}
+
+
+def python(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS`` in the repository."""
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(
+        command,
+        cwd=REPOSITORY,
+        env=environment() | (env or {}),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def torchrun_command(ranks: int, *arguments: object) -> list[str]:
+    """``torchrun --nproc-per-node RANKS ...`` with a free port."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    launcher += ["--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    return launcher + [str(argument) for argument in arguments]
+
+
+@contextmanager
+def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process group in the background; whatever is left of it at the end is killed."""
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=environment(), stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            kill_group(process)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """kill -9 on the launcher and all ranks."""
+    for child in descendants(process.pid):
+        _kill(child)
+    _kill(process.pid)
+    process.wait(timeout=30)
+
+
+def descendants(pid: int) -> list[int]:
+    """Processes below ``pid``: torchrun gives each worker a session of its own."""
+    found = []
+    try:
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(int(child))]
+    except OSError:
+        pass
+    return found
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Whole lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Returns when metrics.jsonl has reached ``step``."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        metrics = read_metrics(run)
+        if metrics and metrics[-1]["step"] >= step:
+            return
+        assert process.poll() is None, f"the run ended early:\n{log.read_text()[-3000:]}"
+        time.sleep(0.02)
+    raise TimeoutError(f"no step {step} in {TIMEOUT} s:\n{log.read_text()[-3000:]}")

@@ -1,0 +1,244 @@
+"""The training command as users run it: resume after kill -9, signals, bad input, a full disk."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from tests.cli.processes import (
+    TIMEOUT,
+    kill_group,
+    python,
+    read_metrics,
+    started,
+    torchrun_command,
+    wait_for_step,
+)
+
+TRAIN = ("-m", "megatron_med.train")
+
+
+@pytest.fixture
+def config(tmp_path: Path, sample_data: Path) -> Path:
+    """A small Llama on the quickstart corpus."""
+    tree: dict[str, Any] = {
+        "model": {
+            "preset": "llama-tiny",
+            "num_layers": 4,
+            "hidden_size": 64,
+            "ffn_hidden_size": 176,
+            "vocab_size": 512,
+        },
+        "data": {"sequence_length": 32, "train": [{"path": str(sample_data)}], "valid": [{"path": str(sample_data)}]},
+        "train": {"steps": 40, "global_batch_size": 8, "output_dir": str(tmp_path / "run"), "seed": 3},
+        "optimizer": {"lr": 1e-3},
+        "lr_schedule": {"warmup_steps": 4, "decay_steps": 40, "min_lr": 1e-4},
+        "checkpoint": {"interval": 20, "keep": 2},
+        "logging": {"tensorboard": False},
+        "precision": "fp32",
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def _finish(ranks: int, *arguments: object) -> None:
+    command = torchrun_command(ranks, *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def _losses(run: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_metrics(run)}
+
+
+def test_resume_on_other_topology_continues_the_loss_curve(config: Path, tmp_path: Path) -> None:
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    done = python(*TRAIN, config, "--train.output_dir", whole)
+    assert done.returncode == 0, done.stderr
+
+    grid = ("--parallel.tensor", 2, "--parallel.pipeline", 2)
+    command = torchrun_command(4, *TRAIN, config, "--train.output_dir", broken, *grid)
+    with started(command, tmp_path / "log") as process:
+        wait_for_step(broken, 23, process, tmp_path / "log")
+        kill_group(process)
+    assert (broken / "checkpoints" / "latest").read_text().strip() == "step-00000020"
+    assert 23 <= read_metrics(broken)[-1]["step"] < 40
+
+    other = ("--parallel.tensor", 1, "--parallel.pipeline", 2, "--parallel.schedule", "gpipe")
+    _finish(4, *TRAIN, config, "--train.output_dir", broken, *other)
+    metrics = read_metrics(broken)
+    assert [line["step"] for line in metrics] == list(range(1, 41)), "every step once"
+    assert [line["consumed_samples"] for line in metrics] == [8 * step for step in range(1, 41)]
+    expected, actual = _losses(whole), _losses(broken)
+    assert expected[40] < expected[1] - 0.5
+    np.testing.assert_allclose([actual[s] for s in range(1, 41)], [expected[s] for s in range(1, 41)], rtol=1e-5)
+    assert json.loads((broken / "exit.json").read_text())["code"] == 0
+    assert sorted(path.name for path in (broken / "checkpoints").glob("step-*")) == ["step-00000020", "step-00000040"]
+
+
+def test_killed_before_its_first_checkpoint_it_starts_again_from_step_0(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = (*TRAIN, config, "--parallel.pipeline", 2)
+    with started(torchrun_command(2, *arguments), tmp_path / "log") as process:
+        wait_for_step(run, 3, process, tmp_path / "log")
+        kill_group(process)
+    first = _losses(run)
+    _finish(2, *arguments, "--train.steps", 6)
+    metrics = read_metrics(run)
+    assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
+    assert {step: _losses(run)[step] for step in (1, 2, 3)} == {step: first[step] for step in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signal_to_the_launcher_saves_and_ends_with_75(config: Path, tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+    arguments = (*TRAIN, config, "--parallel.tensor", 2, "--train.steps", 2000, "--checkpoint.interval", 5000)
+    with started(torchrun_command(2, *arguments), tmp_path / "log") as process:
+        wait_for_step(run, 3, process, tmp_path / "log")
+        process.send_signal(number)
+        process.wait(timeout=60)
+    record = json.loads((run / "exit.json").read_text())
+    assert record["code"] == 75, (tmp_path / "log").read_text()[-2000:]
+    saved = read_metrics(run)[-1]["step"]
+    assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{saved:08d}"
+    done = python(*TRAIN, config, "--train.steps", saved + 2)
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, saved + 3))
+
+
+def test_one_rank_ends_with_the_code_itself(config: Path, tmp_path: Path) -> None:
+    import sys
+
+    command = [sys.executable, *map(str, (*TRAIN, config, "--train.steps", 5000))]
+    with started(command, tmp_path / "log") as process:
+        wait_for_step(tmp_path / "run", 2, process, tmp_path / "log")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75
+
+
+def _refused(done: subprocess.CompletedProcess[str], *messages: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for message in messages:
+        assert any(message in line for line in lines), done.stderr
+
+
+def test_bad_configuration_ends_with_2_and_is_recorded(config: Path, tmp_path: Path) -> None:
+    arguments = ("--train.step", 3, "--parallel.schedule", "zero_bubble", "--optimizer.lr", "fast")
+    _refused(python(*TRAIN, config, *arguments), "did you mean train.steps?", "optimizer.lr is 'fast'")
+    record = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert record["code"] == 2
+    assert "train.steps" in record["reason"]
+
+
+def test_world_size_that_does_not_divide_is_told_once_by_rank_0(config: Path) -> None:
+    command = torchrun_command(3, *TRAIN, config, "--parallel.tensor", 2)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode != 0
+    assert done.stderr.count("The world size is 3") == 1
+    assert "These world sizes would: 2, 4, 6" in done.stderr
+
+
+def test_missing_data_and_tokenizer_mismatch(config: Path, tmp_path: Path) -> None:
+    done = python(*TRAIN, config, "--data.train", f"[{{path: {tmp_path}/absent}}, {{path: {tmp_path}/gone}}]")
+    _refused(done, f"There is no {tmp_path}/absent.idx", f"There is no {tmp_path}/gone.idx")
+    _refused(python(*TRAIN, config, "--model.vocab_size", 500), "set model.vocab_size: 512")
+    absent = tmp_path / "no checkpoint"
+    _refused(python(*TRAIN, config, "--checkpoint.load", absent), f"There is no checkpoint at {absent}")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_run_folder_keeps_its_model_data_and_owner(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = (*TRAIN, config, "--train.steps", 2)
+    assert python(*arguments).returncode == 0
+    before = (run / "metrics.jsonl").read_bytes()
+    _refused(python(*arguments, "--model.num_layers", 3), "model.num_layers is 3, but")
+    _refused(python(*arguments, "--data.sequence_length", 16), "data.sequence_length is 16, but")
+    _refused(python(*arguments, "--train.seed", 4), "train.seed is 4, but")
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+    import sys
+
+    command = [sys.executable, *map(str, (*TRAIN, config, "--train.steps", 5000))]
+    with started(command, tmp_path / "log") as process:
+        wait_for_step(run, 4, process, tmp_path / "log")
+        record = (run / "exit.json").read_bytes()
+        _refused(python(*arguments), "another run is alive in it")
+        assert (run / "exit.json").read_bytes() == record
+        assert process.poll() is None
+
+
+def test_weights_of_another_run_start_a_fresh_one(config: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    assert python(*TRAIN, config, "--train.steps", 20, "--train.output_dir", source).returncode == 0
+    trained = _losses(source)[20]
+    fresh = ("--train.steps", 3, "--checkpoint.load", source, "--train.output_dir")
+    assert python(*TRAIN, config, *fresh, tmp_path / "weights").returncode == 0
+    weights = read_metrics(tmp_path / "weights")
+    assert weights[0]["step"] == 1
+    assert weights[0]["loss"] < trained + 0.4
+    everything = ("--checkpoint.load", source, "--checkpoint.load_state", "all", "--train.steps", 22)
+    done = python(*TRAIN, config, *everything, "--train.output_dir", tmp_path / "all")
+    assert done.returncode == 0, done.stderr
+    assert [line["step"] for line in read_metrics(tmp_path / "all")] == [21, 22]
+    other = ("--model.ffn_hidden_size", 128, "--checkpoint.load", source, "--train.output_dir", tmp_path / "x")
+    _refused(python(*TRAIN, config, *other), "model.ffn_hidden_size is 176 in the checkpoint and 128")
+
+
+_LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+from megatron_med.train.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_full_disk_while_saving_keeps_the_last_good_checkpoint(config: Path, tmp_path: Path) -> None:
+    """The system refuses files past 300 kB, as a full disk refuses them."""
+    run = tmp_path / "run"
+    assert python(*TRAIN, config, "--train.steps", 2).returncode == 0
+    done = python("-c", _LIMITED, config, "--train.steps", 4)
+    _refused(done, "step-00000004 could not be written", "The last good checkpoint stays: step-00000002")
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000002"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
+    assert python(*TRAIN, config, "--train.steps", 4).returncode == 0
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
+
+
+def test_damaged_checkpoint_is_named_at_resume(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for steps in (2, 4):
+        assert python(*TRAIN, config, "--train.steps", steps).returncode == 0
+    (data,) = (run / "checkpoints" / "step-00000004").glob("*.distcp")
+    data.write_bytes(data.read_bytes()[:-10])
+    _refused(python(*TRAIN, config, "--train.steps", 6), "damaged", "The one before it is")
+    (run / "checkpoints" / "latest").write_text("step-00000002")
+    assert python(*TRAIN, config, "--train.steps", 6).returncode == 0
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_metrics_and_validation_are_reported(config: Path, tmp_path: Path) -> None:
+    arguments = ("--train.steps", 6, "--train.valid_interval", 3, "--train.valid_samples", 10)
+    done = python(*TRAIN, config, *arguments, "--logging.tensorboard", "true", "--precision", "bf16")
+    assert done.returncode == 0, done.stderr
+    metrics = read_metrics(tmp_path / "run")
+    assert [line["step"] for line in metrics if "valid_loss" in line] == [3, 6]
+    names = {"loss", "lr", "grad_norm", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes", "eta_seconds"}
+    assert names <= metrics[0].keys()
+    assert {f"{phase}_seconds" for phase in ("data", "forward_backward", "communication", "optimizer")} <= metrics[
+        0
+    ].keys()
+    assert metrics[0]["lr"] == pytest.approx(1e-3 / 4)
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+    assert "valid loss" in done.stdout
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["precision"] == "bf16"

@@ -1,0 +1,119 @@
+"""The commit protocol on real files: crash, damage, pruning, and a malicious metadata file."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_med.checkpoint import folder as folders
+from megatron_med.checkpoint.folder import CheckpointState
+from megatron_med.checkpoint.save_load import check_model, check_tokenizer, verify_checkpoint
+from megatron_med.checkpoint.storage import Reader, write_streaming
+from megatron_med.config.presets import PRESETS
+from megatron_med.config.schema import ModelConfig
+from megatron_med.errors import CheckpointError
+from megatron_med.parallel.context import single_process_context
+
+
+def _save(checkpoints: Path, step: int) -> Path:
+    final = folders.step_folder(checkpoints, step)
+    partial = folders.begin(final)
+    make = {"w": lambda: torch.full((3, 2), float(step)), "v": lambda: torch.arange(4.0)}
+    write_streaming(partial, {"w": ((3, 2), torch.float32), "v": ((4,), torch.float32)}, make)
+    folders.write_state(partial, CheckpointState(model={}, step=step))
+    folders.commit(final, folders.describe_files(partial, folders.file_names(partial)))
+    return final
+
+
+def test_run_checkpoints_and_step_all_name_the_latest(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    _save(checkpoints, 10)
+    newest = _save(checkpoints, 20)
+    for given in (tmp_path, checkpoints, newest):
+        assert folders.resolve_checkpoint(given) == newest
+    assert (checkpoints / "latest").read_text() == "step-00000020\n"
+    assert folders.read_state(newest).step == 20
+    verify_checkpoint(newest, single_process_context())
+    assert Reader(newest).read("w").tolist() == [[20.0, 20.0]] * 3
+
+
+def test_a_crash_while_writing_leaves_the_last_good_one(tmp_path: Path) -> None:
+    good = _save(tmp_path, 10)
+    partial = folders.begin(folders.step_folder(tmp_path, 20))
+    (partial / "state.json").write_text("{}")
+    assert folders.resolve_checkpoint(tmp_path) == good
+    with pytest.raises(CheckpointError, match=r"half-written.*step-00000010"):
+        folders.resolve_checkpoint(partial)
+
+
+def test_missing_checkpoint_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="Give a RUN folder"):
+        folders.resolve_checkpoint(tmp_path / "nothing")
+
+
+def test_damage_is_named_and_the_step_before_offered(tmp_path: Path) -> None:
+    _save(tmp_path, 10)
+    step = _save(tmp_path, 20)
+    (data,) = step.glob("*.distcp")
+    raw = data.read_bytes()
+    data.write_bytes(raw[:-1])
+    with pytest.raises(CheckpointError, match=r"distcp has .* bytes instead of .*step-00000010"):
+        verify_checkpoint(step, single_process_context())
+    data.write_bytes(raw[:100] + b"\x00\x01" + raw[102:])
+    with pytest.raises(CheckpointError, match=r"content of __0_0.distcp is not what was written.*step-00000010"):
+        verify_checkpoint(step, single_process_context())
+    data.unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        verify_checkpoint(step, single_process_context())
+
+
+def test_latest_that_names_nothing_is_told(tmp_path: Path) -> None:
+    _save(tmp_path, 10)
+    (tmp_path / "latest").write_text("step-00000020\n")
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint.*step-00000010"):
+        folders.resolve_checkpoint(tmp_path)
+
+
+def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20, 25):
+        _save(tmp_path, step)
+    folders.prune(tmp_path, keep=0, keep_every=None)
+    assert folders.complete_steps(tmp_path) == [5, 10, 15, 20, 25]
+    folders.prune(tmp_path, keep=2, keep_every=10)
+    assert folders.complete_steps(tmp_path) == [10, 20, 25]
+
+
+class _Attack:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (exec, ("raise SystemExit('code ran')",))
+
+
+def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    step = _save(tmp_path, 10)
+    (step / ".metadata").write_bytes(pickle.dumps(_Attack()))
+    with pytest.raises(CheckpointError, match=r"builtins\.exec does not belong"):
+        Reader(step).read_metadata()
+
+
+def test_another_model_is_refused_field_by_field() -> None:
+    from dataclasses import asdict
+
+    model = ModelConfig(**PRESETS["llama-tiny"])
+    other = asdict(model) | {"hidden_size": 256, "rope_theta": 5e5, "init_std": 0.5}
+    with pytest.raises(CheckpointError) as caught:
+        check_model(CheckpointState(model=other), model, Path("step"))
+    assert len(caught.value.faults) == 2
+    assert "model.hidden_size is 256 in the checkpoint and 128" in caught.value.faults[0]
+    check_model(CheckpointState(model=asdict(model)), model, Path("step"))
+
+
+def test_another_vocabulary_is_refused() -> None:
+    ours = {"vocab_size": 100, "eod_id": 1, "files": {"tokenizer.json": "aa"}}
+    state = CheckpointState(model={}, tokenizer=ours)
+    check_tokenizer(state, dict(ours), Path("step"))
+    for change in ({"vocab_size": 101}, {"files": {"tokenizer.json": "bb"}}):
+        with pytest.raises(CheckpointError, match="Tokenize the data with the tokenizer in"):
+            check_tokenizer(state, ours | change, Path("step"))

@@ -1,0 +1,176 @@
+"""Every fault of a configuration is told at once, by value, rule and remedy; good ones resolve."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_med.config import dump_config, load_config
+from megatron_med.config.layers import split_layers, stage_layers
+from megatron_med.config.presets import PRESETS
+from megatron_med.config.schema import Config, ModelConfig
+from megatron_med.errors import ConfigError
+
+GOOD: dict[str, Any] = {
+    "model": {"preset": "llama-tiny"},
+    "data": {"sequence_length": 128, "train": [{"path": "a"}, {"path": "b", "weight": 0.5}]},
+    "train": {"steps": 10, "global_batch_size": 8, "output_dir": "RUN"},
+    "parallel": {"tensor": 2, "pipeline": 2},
+}
+
+
+def _write(tmp_path: Path, changes: dict[str, dict[str, Any] | str] | None = None) -> str:
+    tree = {section: dict(fields) for section, fields in GOOD.items()}
+    for section, fields in (changes or {}).items():
+        tree[section] = {**tree.get(section, {}), **fields} if isinstance(fields, dict) else fields
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+def _faults(arguments: list[str], world_size: int = 8) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(arguments, world_size)
+    return caught.value.faults
+
+
+def test_preset_yaml_and_command_line_in_that_order(tmp_path: Path) -> None:
+    path = _write(tmp_path, {"model": {"num_layers": 6}})
+    config = load_config([path, "--model.hidden_size", "256", "--optimizer.betas=[0.8, 0.9]"], 8)
+    assert (config.model.num_layers, config.model.hidden_size, config.model.num_query_groups) == (6, 256, 4)
+    assert config.optimizer.betas == (0.8, 0.9)
+    assert [source.weight for source in config.data.train] == [1.0, 0.5]
+
+
+def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config([_write(tmp_path)], 8)
+    (tmp_path / "resolved.yaml").write_text(dump_config(config))
+    assert load_config([str(tmp_path / "resolved.yaml")], 8) == config
+
+
+def test_all_faults_come_together_with_suggestions(tmp_path: Path) -> None:
+    path = _write(
+        tmp_path,
+        {
+            "model": {"num_layer": 3, "hidden_size": "wide"},
+            "optimiser": {"lr": 1},
+            "data": {"train": [{"path": "a", "wieght": 2}]},
+        },
+    )
+    faults = _faults([path, "--train.step", "4", "--parallel.sharding", "zero"])
+    text = "\n".join(faults)
+    for expected in (
+        "model.num_layer is not an option: did you mean model.num_layers?",
+        "optimiser is not an option: did you mean optimizer?",
+        "data.train: wieght is not an option: did you mean weight?",
+        "train.step is not an option: did you mean train.steps?",
+        "model.hidden_size is 'wide': Expected a int",
+        "parallel.sharding is 'zero': Expected a value out of 'none', 'optimizer', 'full'",
+    ):
+        assert expected in text
+    assert len(faults) == 6
+
+
+def test_missing_fields_are_all_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: {family: llama}\n")
+    faults = _faults([str(tmp_path / "c.yaml")])
+    named = {fault.split(" ")[0] for fault in faults}
+    assert {"model.num_layers", "data.sequence_length", "train.steps", "train.output_dir"} <= named
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "message"),
+    [
+        ({}, 6, "These world sizes would: 4, 8, 12"),
+        ({"parallel": {"tensor": 3, "pipeline": 1}}, 3, "num_attention_heads = 8. These sizes do: 1, 2, 4, 8"),
+        ({"parallel": {"tensor": 8, "pipeline": 1}}, 8, "num_query_groups (key/value heads) = 4"),
+        ({"model": {"vocab_size": 1000}, "parallel": {"tensor": 3, "pipeline": 1}}, 3, "padded to = 1024"),
+        ({"parallel": {"tensor": 1, "pipeline": 5}}, 5, "Use at most 4 stages"),
+        ({"train": {"global_batch_size": 9}}, 8, "Use 8 or 10"),
+        ({"train": {"micro_batch_size": 3}}, 8, "= 3 x 2 = 6"),
+        ({"data": {"sequence_length": 512}}, 8, "model.max_position_embeddings = 256"),
+        ({"data": {"sequence_length": 127}}, 8, "parallel.sequence_parallel: false"),
+        ({"parallel": {"layers_per_stage": [3, 2]}}, 8, "add up to 4"),
+        ({"model": {"num_query_groups": 3}}, 8, "Choose a divisor of 8"),
+        ({"train": {"steps": 0}}, 8, "train.steps is 0: it must be at least 1"),
+        ({"lr_schedule": {"warmup_steps": 11}}, 8, "end of the decay, step 10"),
+        ({"lr_schedule": {"min_lr": 1.0}}, 8, "lr_schedule.min_lr is 1.0"),
+        ({"data": {"train": []}}, 8, "data.train is empty"),
+        ({"train": {"valid_interval": 5}}, 8, "data.valid is empty"),
+        ({"model": {"preset": "lama2-7b"}}, 8, "Did you mean llama2-7b?"),
+        ({"model": {"hidden_dropout": 0.1}}, 8, "llama family has no dropout"),
+    ],
+)
+def test_broken_rule_says_value_rule_and_remedy(
+    tmp_path: Path, changes: dict[str, Any], world_size: int, message: str
+) -> None:
+    assert message in "\n".join(_faults([_write(tmp_path, changes)], world_size))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("parallel.schedule", "zero_bubble"),
+        ("parallel.schedule", "interleaved"),
+        ("parallel.virtual_stages", "2"),
+        ("parallel.sharding", "full"),
+        ("parallel.replicate", "2"),
+        ("parallel.context", "2"),
+        ("precision", "fp16"),
+        ("recompute", "full"),
+        ("recompute", "selective"),
+        ("checkpoint.asynchronous", "true"),
+        ("data.isolate_documents", "true"),
+    ],
+)
+def test_later_choices_are_refused_by_name(tmp_path: Path, key: str, value: str) -> None:
+    faults = _faults([_write(tmp_path), f"--{key}", value])
+    assert any(fault.startswith(f"{key} is ") and "not yet" in fault for fault in faults)
+
+
+def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+    assert "no configuration file" in _faults([str(tmp_path / "absent.yaml")])[0]
+    (tmp_path / "c.yaml").write_text("model: {a: [1, 2\n")
+    assert "is not YAML" in _faults([str(tmp_path / "c.yaml")])[0]
+    assert any("No configuration was given" in fault for fault in _faults([]))
+    assert "has no value" in _faults([_write(tmp_path), "--train.steps"])[0]
+
+
+def test_help_shows_every_field_with_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load_config(["--help"], 1)
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    for section in dataclasses.fields(Config):
+        assert f"--{section.name}" in text
+    assert "Tensor-parallel ranks: matrices are cut over them." in " ".join(text.split())
+
+
+def test_print_config_is_yaml_with_the_given_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_config([_write(tmp_path), "--optimizer.lr", "0.5", "--print_config"], 8)
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["optimizer"]["lr"] == 0.5
+    assert printed["model"]["num_layers"] == 4
+    assert printed["checkpoint"]["keep"] == 3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_layers_are_split_by_cost_and_none_is_lost(preset: str, stages: int) -> None:
+    model = ModelConfig(**PRESETS[preset])
+    counts = split_layers(model, stages)
+    assert sum(counts) == model.num_layers
+    assert counts[-1] == min(counts), "the stage with the head never gets more"
+    assert [layer for stage in stage_layers(model, stages, None) for layer in stage] == list(range(model.num_layers))
+
+
+def test_a_heavy_head_takes_layers_from_its_stage() -> None:
+    model = ModelConfig("llama", 12, 256, 8, 8192, 512, ffn_hidden_size=704)
+    counts = split_layers(model, 4)
+    assert counts[-1] == 1
+    assert sorted(counts[:-1]) == [3, 4, 4]

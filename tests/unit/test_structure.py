@@ -1,0 +1,90 @@
+"""The shape of the code: imports point one way, and what must start fast imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "megatron_med"
+LEVELS = {
+    "errors": 0,
+    "config": 1,
+    "kernels": 2,
+    "parallel": 3,
+    "model": 4,
+    "tokenizer": 5,
+    "data": 5,
+    "corpus": 6,
+    "optim": 7,
+    "checkpoint": 8,
+    "train": 9,
+    "generate": 10,
+    "evaluate": 10,
+    "plan": 10,
+}
+ORDERED_WITHIN_A_LEVEL = {("data", "tokenizer")}
+
+
+def _imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+    return found
+
+
+def _files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_one_way(path: Path) -> None:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    if parts[0] == "__init__":
+        return
+    own = parts[0]
+    for module in _imports(path):
+        if not module.startswith("megatron_med."):
+            continue
+        other = module.split(".")[1]
+        allowed = LEVELS[other] < LEVELS[own] or other == own or (own, other) in ORDERED_WITHIN_A_LEVEL
+        assert allowed, f"{path} imports {module}: {own} must not know {other}"
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "megatron_med",
+        "megatron_med.errors",
+        "megatron_med.config",
+        "megatron_med.tokenizer",
+        "megatron_med.tokenizer.train",
+        "megatron_med.data",
+        "megatron_med.data.indexed",
+        "megatron_med.data.preprocess",
+        "megatron_med.parallel",
+        "megatron_med.parallel.schedule",
+        "megatron_med.model",
+        "megatron_med.optim",
+        "megatron_med.checkpoint",
+        "megatron_med.checkpoint.folder",
+        "megatron_med.train",
+        "megatron_med.generate",
+    ],
+)
+def test_modules_without_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_files_can_be_read_in_one_sitting() -> None:
+    long = [str(path) for path in _files() if len(path.read_text(encoding="utf-8").splitlines()) > 500]
+    assert not long
