@@ -49,8 +49,7 @@ class GatedMLP(nn.Module):
         self.down = _down(layer, config, context, dtype, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(kernels.swiglu(gate, up))
+        return self.down(kernels.swiglu(self.gate_up(x)))
 
 
 class MLP(nn.Module):

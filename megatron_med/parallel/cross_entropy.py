@@ -19,10 +19,12 @@ class _VocabParallelCrossEntropy(Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, first_column: int, true_columns: int, tp: Axis) -> Tensor:
-        wide = logits.float() if logits.dtype != torch.float32 else logits.clone()
+        maximum = logits.new_full(logits.shape[:-1], float("-inf"), dtype=torch.float32)
+        if true_columns > 0:
+            maximum = logits[..., :true_columns].amax(dim=-1).float()
+        all_reduce(maximum, tp, dist.ReduceOp.MAX)
+        wide = logits - maximum.unsqueeze(-1)  # a new tensor, fp32
         wide[..., true_columns:] = float("-inf")
-        maximum = all_reduce(wide.amax(dim=-1), tp, dist.ReduceOp.MAX)
-        wide.sub_(maximum.unsqueeze(-1))
         columns = wide.shape[-1]
         local = targets - first_column
         elsewhere = (local < 0) | (local >= columns)

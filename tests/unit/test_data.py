@@ -66,10 +66,15 @@ def test_vocabularies_choose_the_dtype() -> None:
     assert smallest_dtype(65500) is np.int32
 
 
+def _write(prefix: Path, documents: list[list[int]]) -> None:
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for document in documents:
+            writer.add_document(document)
+
+
 def test_failed_writing_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="do not fit into uint16"), IndexedDatasetWriter(tmp_path / "x", np.uint16) as w:
-        w.add_document([1, 2])
-        w.add_document([70000])
+    with pytest.raises(DataError, match="do not fit into uint16"):
+        _write(tmp_path / "x", [[1, 2], [70000]])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -47,7 +47,7 @@ def test_gpt2_text_comes_back(shared: Path) -> None:
 def test_trained_bpe_has_the_size_and_keeps_special_strings_as_text(sample_tokenizer: Path) -> None:
     tokenizer = load_tokenizer(sample_tokenizer)
     assert (tokenizer.vocab_size, tokenizer.eod_id) == (512, 511)
-    for text in ("Metformin lowers glucose.", "a<|endoftext|>b", "µg/mL – β≥0.5 → 37 °C", " \n\t x"):
+    for text in ("Metformin lowers glucose.", "a<|endoftext|>b", "µg/mL \u2013 β≥0.5 → 37 °C", " \n\t x"):
         ids = tokenizer.encode(text)
         assert tokenizer.eod_id not in ids
         assert tokenizer.decode(ids) == text

@@ -1,0 +1,102 @@
+"""Tokens per second of one training process beside plain transformers: same model, batches and threads.
+
+Both take turns, step by step, in one process; the medians and the ratio are printed.
+
+    python tools/benchmark/throughput.py --preset llama-10m --sequence-length 256 --micro-batch-size 4
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_med.checkpoint.huggingface.config import to_huggingface
+from megatron_med.config.presets import PRESETS
+from megatron_med.config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from megatron_med.errors import run_command
+from megatron_med.model.batch import MicroBatch
+from megatron_med.model.build import DTYPES
+from megatron_med.parallel.context import single_process_context
+from megatron_med.train.setup import build_machinery
+from megatron_med.train.step import train_step
+from megatron_med.train.timers import StepTimer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="llama-10m", choices=sorted(PRESETS))
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = ModelConfig(**PRESETS[arguments.preset])
+    ids = torch.randint(model.vocab_size, (arguments.micro_batch_size, arguments.sequence_length + 1), device=device)
+    contestants = {
+        "megatron_med": _ours(model, ids, arguments.precision, device),
+        "transformers": _theirs(model, ids, arguments.precision, device),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for step in range(arguments.steps + 2):
+        for name, run in contestants.items():
+            elapsed = _timed(run, device)
+            if step >= 2:
+                seconds[name].append(elapsed)
+    tokens = arguments.micro_batch_size * arguments.sequence_length
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    for name, median in medians.items():
+        print(f"{name:14} {tokens / median:10,.0f} tokens/s (median of {arguments.steps} steps)")
+    print(f"ratio          {medians['transformers'] / medians['megatron_med']:10.3f}")
+
+
+def _ours(model: ModelConfig, ids: torch.Tensor, precision: str, device: torch.device) -> Callable[[], object]:
+    samples, length = ids.shape[0], ids.shape[1] - 1
+    config = Config(
+        model=model,
+        data=DataConfig(sequence_length=length),
+        train=TrainConfig(steps=1, global_batch_size=samples, output_dir="", micro_batch_size=samples),
+        precision=precision,  # type: ignore[arg-type]
+    )
+    machinery = build_machinery(config, single_process_context(device))
+    positions = torch.arange(length, device=device).expand(samples, -1)
+    mask = torch.ones(samples, length, device=device)
+    batch = MicroBatch(ids[:, :-1], ids[:, 1:], mask, positions)
+    return lambda: train_step(machinery, [batch], 1e-4, False, StepTimer(device))
+
+
+def _theirs(model: ModelConfig, ids: torch.Tensor, precision: str, device: torch.device) -> Callable[[], object]:
+    fields = to_huggingface(model, "float32", None, None)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    theirs = AutoModelForCausalLM.from_config(config).to(device, DTYPES[precision]).train()
+    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
+
+    def step() -> float:
+        logits = theirs(ids[:, :-1]).logits.float()
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        adamw.step()
+        adamw.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def _timed(run: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    run_command(main)
