@@ -15,8 +15,8 @@ python=${PYTHON:-python3}
   exit 2
 }
 state=$(cat "$repository"/{constraints.txt,pyproject.toml,setup.py,csrc/index/index.cpp} | cksum)
-stamp="$venv/.megatron_med-$extra"
-if [ "$(cat "$stamp" 2>/dev/null)" != "$repository $state" ]; then
+ready() { [ "$(cat "$venv/.megatron_med-$1" 2>/dev/null)" = "$repository $state" ]; }
+if ! ready "$extra" && ! ready test; then  # test holds every other extra that the scripts ask for
   echo "setting up $venv (once; a few minutes)" >&2
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
@@ -28,6 +28,6 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$repository $state" ]; then
   fi
   "${pip[@]}" -c "$repository/constraints.txt" setuptools wheel pybind11 >&2
   "${pip[@]}" -c "$repository/constraints.txt" --no-build-isolation -e "$repository[$extra]" >&2
-  printf '%s' "$repository $state" > "$stamp"
+  printf '%s' "$repository $state" > "$venv/.megatron_med-$extra"
 fi
 echo "$venv"

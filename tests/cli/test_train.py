@@ -61,11 +61,12 @@ def _losses(run: Path) -> dict[int, float]:
 
 def test_resume_on_other_topology_continues_the_loss_curve(config: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    done = python(*TRAIN, config, "--train.output_dir", whole)
+    validating = ("--train.valid_interval", 10, "--train.valid_samples", 21)
+    done = python(*TRAIN, config, "--train.output_dir", whole, *validating)
     assert done.returncode == 0, done.stderr
 
     grid = ("--parallel.tensor", 2, "--parallel.pipeline", 2)
-    command = torchrun_command(4, *TRAIN, config, "--train.output_dir", broken, *grid)
+    command = torchrun_command(4, *TRAIN, config, "--train.output_dir", broken, *validating, *grid)
     with started(command, tmp_path / "log") as process:
         wait_for_step(broken, 23, process, tmp_path / "log")
         kill_group(process)
@@ -73,13 +74,16 @@ def test_resume_on_other_topology_continues_the_loss_curve(config: Path, tmp_pat
     assert 23 <= read_metrics(broken)[-1]["step"] < 40
 
     other = ("--parallel.tensor", 1, "--parallel.pipeline", 2, "--parallel.schedule", "gpipe")
-    _finish(4, *TRAIN, config, "--train.output_dir", broken, *other)
+    _finish(4, *TRAIN, config, "--train.output_dir", broken, *validating, *other)
     metrics = read_metrics(broken)
     assert [line["step"] for line in metrics] == list(range(1, 41)), "every step once"
     assert [line["consumed_samples"] for line in metrics] == [8 * step for step in range(1, 41)]
     expected, actual = _losses(whole), _losses(broken)
     assert expected[40] < expected[1] - 0.5
     np.testing.assert_allclose([actual[s] for s in range(1, 41)], [expected[s] for s in range(1, 41)], rtol=1e-5)
+    valid = {run: [line["valid_loss"] for line in read_metrics(run) if "valid_loss" in line] for run in (whole, broken)}
+    assert len(valid[whole]) == 4
+    np.testing.assert_allclose(valid[broken], valid[whole], rtol=1e-5)
     assert json.loads((broken / "exit.json").read_text())["code"] == 0
     assert sorted(path.name for path in (broken / "checkpoints").glob("step-*")) == ["step-00000020", "step-00000040"]
 

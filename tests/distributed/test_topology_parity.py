@@ -94,3 +94,28 @@ def test_bf16_grid_stays_near_one_bf16_process(sample_data: Path, case: tuple[An
     alone, grid = _single(sample_data, "llama", "bf16"), _grid(sample_data, "llama", case, "bf16")
     assert alone.losses[-1] < alone.losses[0] - 0.3
     np.testing.assert_allclose(grid.losses, alone.losses, rtol=BF16_LOSS_BOUND)
+
+
+def _with_dropout(**changes: float) -> dict[str, Any]:
+    return MODELS["gpt2"] | {"embedding_dropout": 0.1, "hidden_dropout": 0.1, "attention_dropout": 0.1} | changes
+
+
+@pytest.mark.parametrize("grid", [{"pipeline": 2}, {"sharding": "optimizer"}], ids=["pp2", "dp2"])
+def test_dropout_is_equal_under_pipeline_and_data_parallel(sample_data: Path, grid: dict[str, Any]) -> None:
+    model = _with_dropout()
+    alone = gather(run_ranks(1, train_ranks, make_config(sample_data, model, steps=5)))
+    cut = gather(run_ranks(2, train_ranks, make_config(sample_data, model, steps=5, **grid)))
+    np.testing.assert_allclose(cut.losses, alone.losses, rtol=LOSS_BOUND)
+    without = gather(run_ranks(1, train_ranks, make_config(sample_data, MODELS["gpt2"], steps=5)))
+    assert abs(without.losses[0] - alone.losses[0]) > 1e-4, "nothing was dropped"
+
+
+def test_dropout_differs_where_tensor_parallel_ranks_hold_different_pieces(sample_data: Path) -> None:
+    """Ranks agree on the loss and each cut region drops on its own: training goes on, with other masks than alone."""
+    model = _with_dropout()
+    alone = gather(run_ranks(1, train_ranks, make_config(sample_data, model)))
+    for sequence_parallel in (True, False):
+        config = make_config(sample_data, model, tensor=2, sequence_parallel=sequence_parallel)
+        cut = gather(run_ranks(2, train_ranks, config))
+        assert cut.losses != alone.losses
+        np.testing.assert_allclose(cut.losses, alone.losses, rtol=2e-2)
