@@ -14,8 +14,8 @@ from typing import Any
 
 TIMEOUT = 240.0
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.preload"])
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["tests.preload"])
 
 
 def free_port() -> int:
@@ -33,8 +33,8 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
-        ours, theirs = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(theirs, rank, world_size, port, function, arguments))
+        ours, theirs = forkserver.Pipe(duplex=False)
+        process = forkserver.Process(target=_rank, args=(theirs, rank, world_size, port, function, arguments))
         process.start()
         theirs.close()
         pipes.append(ours)

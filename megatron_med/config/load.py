@@ -33,7 +33,8 @@ _PLACEHOLDERS = {
 }
 """Stand-ins for required fields while the others are checked one by one."""
 
-_FLAGS = ("-h", "--help", "--print_config")
+INFORMATION_FLAGS = ("-h", "--help", "--print_config")
+"""Options that print something and end."""
 
 
 def load_config(arguments: list[str], world_size: int, program: str = "megatron_med.train") -> Config:
@@ -49,7 +50,7 @@ def load_config(arguments: list[str], world_size: int, program: str = "megatron_
         SystemExit: after ``--help`` and ``--print_config``.
     """
     path, options = _split_arguments(arguments)
-    flags = [option for option in options if option.startswith(_FLAGS)]
+    flags = [option for option in options if option.startswith(INFORMATION_FLAGS)]
     given = _read_yaml(path) if path else {}
     given.update(_read_options([option for option in options if option not in flags]))
 
@@ -289,7 +290,7 @@ def peek_output_dir(arguments: list[str]) -> str | None:
     path, options = _split_arguments(arguments)
     try:
         given = _read_yaml(path) if path else {}
-        given.update(_read_options([option for option in options if not option.startswith(_FLAGS)]))
+        given.update(_read_options([option for option in options if not option.startswith(INFORMATION_FLAGS)]))
     except ConfigError:
         return None
     folder = given.get("train.output_dir")

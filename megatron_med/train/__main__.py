@@ -8,8 +8,8 @@ import sys
 from datetime import timedelta
 
 from megatron_med.config import Config, dump_config, load_config
-from megatron_med.config.load import peek_output_dir
-from megatron_med.errors import EXIT_BAD_INPUT, EXIT_FAILED, UserError
+from megatron_med.config.load import INFORMATION_FLAGS, peek_output_dir
+from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, DataError, UserError
 from megatron_med.train.run_folder import RunFolder
 
 
@@ -17,6 +17,8 @@ def main(arguments: list[str]) -> int:
     """Runs one rank and returns its exit code."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(message)s")
+    if rank != 0 and any(argument.startswith(INFORMATION_FLAGS) for argument in arguments):
+        return EXIT_DONE  # rank 0 prints it
     try:
         config = load_config(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     except UserError as error:
@@ -33,6 +35,7 @@ def _train(config: Config, rank: int) -> int:
     from megatron_med.train.signals import StopRequest
 
     folder = RunFolder(config.train.output_dir)
+    training = False
     stop = StopRequest()
     stop.listen()
     try:
@@ -41,12 +44,15 @@ def _train(config: Config, rank: int) -> int:
             folder.write_config(dump_config(config))
         device = start_process_group(timedelta(minutes=config.train.timeout_minutes))
         run = set_up(config, folder, device)
+        training = True
         code, reason = train(run, stop)
         if rank == 0:
             print(reason, flush=True)
             folder.write_exit(code, reason)
         return code
     except UserError as error:
+        if training and rank != 0 and isinstance(error, DataError):  # a sample that this rank alone has read
+            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         return _refuse(error, rank, config.train.output_dir, folder)
     except BaseException as error:
         if rank == 0 and folder.claimed:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conftest import REPOSITORY
+from tests.ranks import forkserver
 
 TIMEOUT = 240
 
@@ -36,6 +38,30 @@ def python(*arguments: object, env: dict[str, str] | None = None) -> subprocess.
         timeout=TIMEOUT,
         check=False,
     )
+
+
+def train_forked(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The training command on one rank, forked from a server that has its imports loaded: seconds less than
+    ``python -m megatron_med.train`` and the same from its first line on."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        process = forkserver.Process(target=_train, args=([str(a) for a in arguments], str(out), str(err)))
+        process.start()
+        process.join(TIMEOUT)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            raise TimeoutError(f"no end in {TIMEOUT} s: {err.read_text()[-2000:]}")
+        assert process.exitcode is not None, "the process was joined"
+        return subprocess.CompletedProcess([], process.exitcode, out.read_text(), err.read_text())
+
+
+def _train(arguments: list[str], out: str, err: str) -> None:
+    for path, descriptor in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    from megatron_med.train.__main__ import main
+
+    sys.exit(main(arguments))
 
 
 def torchrun_command(ranks: int, *arguments: object) -> list[str]:

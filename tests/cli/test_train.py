@@ -19,6 +19,7 @@ from tests.cli.processes import (
     read_metrics,
     started,
     torchrun_command,
+    train_forked,
     wait_for_step,
 )
 
@@ -62,7 +63,7 @@ def _losses(run: Path) -> dict[int, float]:
 def test_resume_on_other_topology_continues_the_loss_curve(config: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     validating = ("--train.valid_interval", 10, "--train.valid_samples", 21)
-    done = python(*TRAIN, config, "--train.output_dir", whole, *validating)
+    done = train_forked(config, "--train.output_dir", whole, *validating)
     assert done.returncode == 0, done.stderr
 
     grid = ("--parallel.tensor", 2, "--parallel.pipeline", 2)
@@ -113,7 +114,7 @@ def test_signal_to_the_launcher_saves_and_ends_with_75(config: Path, tmp_path: P
     assert record["code"] == 75, (tmp_path / "log").read_text()[-2000:]
     saved = read_metrics(run)[-1]["step"]
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{saved:08d}"
-    done = python(*TRAIN, config, "--train.steps", saved + 2)
+    done = train_forked(config, "--train.steps", saved + 2)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in read_metrics(run)] == list(range(1, saved + 3))
 
@@ -138,7 +139,7 @@ def _refused(done: subprocess.CompletedProcess[str], *messages: str) -> None:
 
 def test_bad_configuration_ends_with_2_and_is_recorded(config: Path, tmp_path: Path) -> None:
     arguments = ("--train.step", 3, "--parallel.schedule", "zero_bubble", "--optimizer.lr", "fast")
-    _refused(python(*TRAIN, config, *arguments), "did you mean train.steps?", "optimizer.lr is 'fast'")
+    _refused(train_forked(config, *arguments), "did you mean train.steps?", "optimizer.lr is 'fast'")
     record = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert record["code"] == 2
     assert "train.steps" in record["reason"]
@@ -153,22 +154,22 @@ def test_world_size_that_does_not_divide_is_told_once_by_rank_0(config: Path) ->
 
 
 def test_missing_data_and_tokenizer_mismatch(config: Path, tmp_path: Path) -> None:
-    done = python(*TRAIN, config, "--data.train", f"[{{path: {tmp_path}/absent}}, {{path: {tmp_path}/gone}}]")
+    done = train_forked(config, "--data.train", f"[{{path: {tmp_path}/absent}}, {{path: {tmp_path}/gone}}]")
     _refused(done, f"There is no {tmp_path}/absent.idx", f"There is no {tmp_path}/gone.idx")
-    _refused(python(*TRAIN, config, "--model.vocab_size", 500), "set model.vocab_size: 512")
+    _refused(train_forked(config, "--model.vocab_size", 500), "set model.vocab_size: 512")
     absent = tmp_path / "no checkpoint"
-    _refused(python(*TRAIN, config, "--checkpoint.load", absent), f"There is no checkpoint at {absent}")
+    _refused(train_forked(config, "--checkpoint.load", absent), f"There is no checkpoint at {absent}")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_run_folder_keeps_its_model_data_and_owner(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = (*TRAIN, config, "--train.steps", 2)
-    assert python(*arguments).returncode == 0
+    arguments = (config, "--train.steps", 2)
+    assert train_forked(*arguments).returncode == 0
     before = (run / "metrics.jsonl").read_bytes()
-    _refused(python(*arguments, "--model.num_layers", 3), "model.num_layers is 3, but")
-    _refused(python(*arguments, "--data.sequence_length", 16), "data.sequence_length is 16, but")
-    _refused(python(*arguments, "--train.seed", 4), "train.seed is 4, but")
+    _refused(train_forked(*arguments, "--model.num_layers", 3), "model.num_layers is 3, but")
+    _refused(train_forked(*arguments, "--data.sequence_length", 16), "data.sequence_length is 16, but")
+    _refused(train_forked(*arguments, "--train.seed", 4), "train.seed is 4, but")
     assert (run / "metrics.jsonl").read_bytes() == before
 
     import sys
@@ -177,26 +178,26 @@ def test_run_folder_keeps_its_model_data_and_owner(config: Path, tmp_path: Path)
     with started(command, tmp_path / "log") as process:
         wait_for_step(run, 4, process, tmp_path / "log")
         record = (run / "exit.json").read_bytes()
-        _refused(python(*arguments), "another run is alive in it")
+        _refused(train_forked(*arguments), "another run is alive in it")
         assert (run / "exit.json").read_bytes() == record
         assert process.poll() is None
 
 
 def test_weights_of_another_run_start_a_fresh_one(config: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    assert python(*TRAIN, config, "--train.steps", 20, "--train.output_dir", source).returncode == 0
+    assert train_forked(config, "--train.steps", 20, "--train.output_dir", source).returncode == 0
     trained = _losses(source)[20]
     fresh = ("--train.steps", 3, "--checkpoint.load", source, "--train.output_dir")
-    assert python(*TRAIN, config, *fresh, tmp_path / "weights").returncode == 0
+    assert train_forked(config, *fresh, tmp_path / "weights").returncode == 0
     weights = read_metrics(tmp_path / "weights")
     assert weights[0]["step"] == 1
     assert weights[0]["loss"] < trained + 0.4
     everything = ("--checkpoint.load", source, "--checkpoint.load_state", "all", "--train.steps", 22)
-    done = python(*TRAIN, config, *everything, "--train.output_dir", tmp_path / "all")
+    done = train_forked(config, *everything, "--train.output_dir", tmp_path / "all")
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in read_metrics(tmp_path / "all")] == [21, 22]
     other = ("--model.ffn_hidden_size", 128, "--checkpoint.load", source, "--train.output_dir", tmp_path / "x")
-    _refused(python(*TRAIN, config, *other), "model.ffn_hidden_size is 176 in the checkpoint and 128")
+    _refused(train_forked(config, *other), "model.ffn_hidden_size is 176 in the checkpoint and 128")
 
 
 _LIMITED = """
@@ -210,30 +211,30 @@ sys.exit(main(sys.argv[1:]))
 def test_full_disk_while_saving_keeps_the_last_good_checkpoint(config: Path, tmp_path: Path) -> None:
     """The system refuses files past 300 kB, as a full disk refuses them."""
     run = tmp_path / "run"
-    assert python(*TRAIN, config, "--train.steps", 2).returncode == 0
+    assert train_forked(config, "--train.steps", 2).returncode == 0
     done = python("-c", _LIMITED, config, "--train.steps", 4)
     _refused(done, "step-00000004 could not be written", "The last good checkpoint stays: step-00000002")
     assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000002"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
-    assert python(*TRAIN, config, "--train.steps", 4).returncode == 0
+    assert train_forked(config, "--train.steps", 4).returncode == 0
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
 
 
 def test_damaged_checkpoint_is_named_at_resume(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for steps in (2, 4):
-        assert python(*TRAIN, config, "--train.steps", steps).returncode == 0
+        assert train_forked(config, "--train.steps", steps).returncode == 0
     (data,) = (run / "checkpoints" / "step-00000004").glob("*.distcp")
     data.write_bytes(data.read_bytes()[:-10])
-    _refused(python(*TRAIN, config, "--train.steps", 6), "damaged", "The one before it is")
+    _refused(train_forked(config, "--train.steps", 6), "damaged", "The one before it is")
     (run / "checkpoints" / "latest").write_text("step-00000002")
-    assert python(*TRAIN, config, "--train.steps", 6).returncode == 0
+    assert train_forked(config, "--train.steps", 6).returncode == 0
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_metrics_and_validation_are_reported(config: Path, tmp_path: Path) -> None:
     arguments = ("--train.steps", 6, "--train.valid_interval", 3, "--train.valid_samples", 10)
-    done = python(*TRAIN, config, *arguments, "--logging.tensorboard", "true", "--precision", "bf16")
+    done = train_forked(config, *arguments, "--logging.tensorboard", "true", "--precision", "bf16")
     assert done.returncode == 0, done.stderr
     metrics = read_metrics(tmp_path / "run")
     assert [line["step"] for line in metrics if "valid_loss" in line] == [3, 6]

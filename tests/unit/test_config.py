@@ -174,3 +174,39 @@ def test_a_heavy_head_takes_layers_from_its_stage() -> None:
     counts = split_layers(model, 4)
     assert counts[-1] == 1
     assert sorted(counts[:-1]) == [3, 4, 4]
+
+
+_DESIGN_EXAMPLE = """
+model:
+  family: llama
+  num_layers: 4
+  hidden_size: 128
+  num_attention_heads: 8
+  num_query_groups: 4
+  ffn_hidden_size: 352
+  vocab_size: 32000
+  max_position_embeddings: 256
+  init_std: 0.02
+parallel: {tensor: 2, pipeline: 2, virtual_stages: 1, context: 1, sharding: optimizer, replicate: 1,
+           sequence_parallel: true, schedule: 1f1b}
+data:
+  sequence_length: 128
+  tokenizer: null
+  train: [{path: out/pubmed, weight: 1.0}]
+  valid: [{path: out/pubmed-valid, weight: 1.0}]
+optimizer: {name: adamw, lr: 1.0e-3, betas: [0.9, 0.95], eps: 1.0e-8, weight_decay: 0.1, clip_grad: 1.0}
+lr_schedule: {name: cosine, warmup_steps: 10, decay_steps: null, min_lr: 1.0e-4}
+precision: bf16
+recompute: none
+train: {steps: 200, micro_batch_size: 1, global_batch_size: 8, seed: 7, output_dir: RUN, valid_interval: 50,
+        valid_samples: 256}
+checkpoint: {interval: 100, keep: 3, keep_every: null, load: null, load_state: weights}
+logging: {interval: 1, tensorboard: true, wandb: false}
+"""
+
+
+def test_every_name_of_the_contract_is_accepted(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(_DESIGN_EXAMPLE)
+    config = load_config([str(tmp_path / "c.yaml")], 8)
+    assert (config.parallel.tensor, config.train.valid_samples, config.precision) == (2, 256, "bf16")
+    assert config.model.head_dim == 16
