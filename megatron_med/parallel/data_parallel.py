@@ -173,6 +173,7 @@ class _Bucket:
         self._waiting = 0
         self._armed = False
         self._works: list[dist.Work] = []
+        self._short_slices: list[tuple[Tensor, Tensor]] = []
         self.owned = self._own()
         for parameter, main_grad in zip(parameters, self._main_grads, strict=True):
             _accumulate_into(parameter, main_grad)
@@ -184,8 +185,17 @@ class _Bucket:
         for parameter, slicing, piece in zip(self._parameters, self._slicings, pieces, strict=True):
             whole_fp32 = self._axis.size == 1 and parameter.dtype == torch.float32
             master = parameter.data if whole_fp32 else slicing.mine(parameter.data).to(torch.float32, copy=True)
-            owned.append(OwnedParameter(layout_of(parameter), parameter, master, slicing.trim(piece)))
+            gradient = self._contiguous(slicing.trim(piece))
+            owned.append(OwnedParameter(layout_of(parameter), parameter, master, gradient))
         return owned
+
+    def _contiguous(self, trimmed: Tensor) -> Tensor:
+        """Fused optimizers walk through memory, so a slice that padding has cut apart gets memory of its own."""
+        if trimmed.is_contiguous():
+            return trimmed
+        own = torch.zeros_like(trimmed, memory_format=torch.contiguous_format)
+        self._short_slices.append((own, trimmed))
+        return own
 
     def zero(self) -> None:
         self._flat.zero_()
@@ -233,6 +243,8 @@ class _Bucket:
         assert not self._armed or self._waiting == 0, f"{self._waiting} parameters got no gradient"
         self._armed = False
         self._wait_all()
+        for own, trimmed in self._short_slices:
+            own.copy_(trimmed)
 
     def publish(self) -> None:
         if self._axis.group is None:

@@ -113,9 +113,9 @@ def test_dropout_is_equal_under_pipeline_and_data_parallel(sample_data: Path, gr
 def test_dropout_differs_where_tensor_parallel_ranks_hold_different_pieces(sample_data: Path) -> None:
     """Ranks agree on the loss and each cut region drops on its own: training goes on, with other masks than alone."""
     model = _with_dropout()
-    alone = gather(run_ranks(1, train_ranks, make_config(sample_data, model)))
+    alone = gather(run_ranks(1, train_ranks, make_config(sample_data, model, steps=4)))
     for sequence_parallel in (True, False):
-        config = make_config(sample_data, model, tensor=2, sequence_parallel=sequence_parallel)
+        config = make_config(sample_data, model, steps=4, tensor=2, sequence_parallel=sequence_parallel)
         cut = gather(run_ranks(2, train_ranks, config))
         assert cut.losses != alone.losses
         np.testing.assert_allclose(cut.losses, alone.losses, rtol=2e-2)
