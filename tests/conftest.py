@@ -53,3 +53,15 @@ def sample_data(tmp_path_factory: pytest.TempPathFactory, sample_tokenizer: Path
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests never touch the user's cache."""
     os.environ["MEGATRON_MED_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Seconds of each stage of the tests: unit, distributed, golden, cli."""
+    seconds: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                stage = report.nodeid.split("/")[1] if "/" in report.nodeid else report.nodeid
+                seconds[stage] = seconds.get(stage, 0.0) + report.duration
+    stages = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in sorted(seconds.items()))
+    terminalreporter.write_line(f"seconds per stage: {stages}")
