@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -48,7 +49,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     try:
         main()
     except UserError as error:
-        for fault in error.faults:
+        for fault in error.faults if os.environ.get("RANK", "0") == "0" else ():
             print(f"error: {fault}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     sys.exit(EXIT_DONE)

@@ -60,9 +60,9 @@ def _context(tensor: int, pipeline: int) -> ParallelContext:
 
 
 def _generate(arguments: argparse.Namespace, context: ParallelContext) -> None:
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     generator = Generator(arguments.checkpoint, context, DTYPES[arguments.precision])
     ids = arguments.prompt_ids or _encode(arguments, generator)
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     stop_id = generator.tokenizer.eod_id if generator.tokenizer else None
     new = list(generator.stream(ids, arguments.max_new_tokens, sampling, arguments.seed, stop_id))
     if not context.world.is_first:

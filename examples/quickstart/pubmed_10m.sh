@@ -14,7 +14,8 @@ for split in train valid; do
   python "$tools/preprocess_data.py" --input "$2/$split.jsonl" --output-prefix "$2/$split" \
     --tokenizer "$2/tokenizer" --workers 2 --append-eod --overwrite
 done
-torchrun --nproc-per-node 8 -m megatron_med.train "$here/pubmed_10m.yaml" --train.output_dir "$2/run" \
+torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 300 \
+  --nproc-per-node 8 -m megatron_med.train "$here/pubmed_10m.yaml" --train.output_dir "$2/run" \
   --data.train "[{path: $2/train}]" --data.valid "[{path: $2/valid}]"
 python "$tools/generate.py" --checkpoint "$2/run" --prompt "The aim of this study was to" \
   --max-new-tokens 120 --temperature 0.7 --top-p 0.9

@@ -16,11 +16,16 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ -f "$data" ] || { echo "error: there is no file $data" >&2; exit 2; }
+if [ -n "$(ls -A "$output" 2>/dev/null)" ] && [ ! -e "$output/.quickstart" ]; then
+  echo "error: $output is not empty and was not made by this script: name another --output" >&2
+  exit 2
+fi
 say() { printf '\n== %s\n' "$*"; }
 
 venv=$(bash "$repository/tools/setup_env.sh" verify)
 export PATH="$venv/bin:$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 mkdir -p "$output"
+touch "$output/.quickstart"  # a folder of ours: the next start may replace it
 
 say "tokenizer: byte-level BPE trained on $data"
 python "$repository/tools/train_tokenizer.py" --input "$data" --vocab-size 1024 --output "$output/tokenizer" --overwrite
@@ -34,14 +39,15 @@ for split in train valid; do
 done
 python "$repository/tools/inspect_data.py" "$output/train"
 
+launch=(torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 300 --nproc-per-node)
 config=(-m megatron_med.train "$here/config.yaml" --train.output_dir "$output/run"
   --data.train "[{path: $output/train}]" --data.valid "[{path: $output/valid}]")
 rm -rf "$output/run"
 say "training: 100 steps on 8 processes, tensor 2 x pipeline 2 x data 2"
-torchrun --nproc-per-node 8 "${config[@]}" --train.steps 100 --parallel.tensor 2 --parallel.pipeline 2
+"${launch[@]}" 8 "${config[@]}" --train.steps 100 --parallel.tensor 2 --parallel.pipeline 2
 
 say "resuming: the same run goes on to step 120 on 2 processes, pipeline 2"
-torchrun --nproc-per-node 2 "${config[@]}" --train.steps 120 --parallel.tensor 1 --parallel.pipeline 2
+"${launch[@]}" 2 "${config[@]}" --train.steps 120 --parallel.tensor 1 --parallel.pipeline 2
 
 say "export: a Hugging Face folder, its logits compared with ours"
 python "$repository/tools/convert_checkpoint.py" export --from "$output/run" --to "$output/huggingface" --verify --overwrite

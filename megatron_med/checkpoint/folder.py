@@ -90,8 +90,11 @@ def commit(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     for path in partial.rglob("*"):
         _fsync(path)
     _fsync(partial)
-    shutil.rmtree(folder, ignore_errors=True)
+    replaced = folder.with_name(folder.name + ".replaced")
+    if folder.exists():
+        os.replace(folder, replaced)
     os.replace(partial, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     latest = folder.parent / (LATEST + _PARTIAL)
     latest.write_text(folder.name + "\n", encoding="utf-8")
     _fsync(latest)
@@ -110,14 +113,25 @@ def file_names(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def prune(checkpoints: Path, keep: int, keep_every: int | None) -> None:
-    """Removes all but the newest ``keep`` steps and the multiples of ``keep_every``; 0 keeps all."""
+def prune(checkpoints: Path, keep: int, keep_every: int | None, current: int) -> None:
+    """Removes all but the newest ``keep`` steps up to ``current`` and the multiples of ``keep_every``; 0 keeps all.
+
+    Steps past ``current`` belong to a future that was stepped back from: they are removed first.
+    """
     if keep == 0:
         return
     steps = complete_steps(checkpoints)
-    for step in steps[:-keep]:
-        if keep_every is None or step % keep_every:
+    kept = [step for step in steps if step <= current][-keep:]
+    for step in steps:
+        milestone = keep_every is not None and step % keep_every == 0 and step <= current
+        if step not in kept and not milestone:
             shutil.rmtree(step_folder(checkpoints, step), ignore_errors=True)
+
+
+def remove_partials(checkpoints: Path) -> None:
+    """Removes what crashes left half-written."""
+    for path in checkpoints.glob(f"{_PREFIX}*{_PARTIAL}"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def complete_steps(checkpoints: Path) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from megatron_med.errors import CheckpointError
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.collectives import broadcast_object, gather_objects
 from megatron_med.parallel.context import ParallelContext
+from megatron_med.tokenizer import Tokenizer
 
 _FREE_FIELDS = {
     "preset",
@@ -41,7 +41,7 @@ def save_checkpoint(
     *,
     sharded: bool,
     state: CheckpointState,
-    tokenizer_files: Sequence[Path] = (),
+    tokenizer: Tokenizer | None = None,
 ) -> None:
     """Writes one step and moves ``latest``; all ranks call it.
 
@@ -51,7 +51,7 @@ def save_checkpoint(
         context: the grid.
         sharded: whether the optimizer's slices are cut over data-parallel ranks.
         state: what ``state.json`` says.
-        tokenizer_files: copied beside the weights.
+        tokenizer: its files are copied beside the weights.
 
     Raises:
         CheckpointError: it could not be written, e.g. the disk is full; earlier checkpoints are untouched.
@@ -66,7 +66,7 @@ def save_checkpoint(
     except (CheckpointException, OSError, RuntimeError) as error:
         failure = _first_cause(error)
     if failure is None and is_writer:
-        failure = _attempt(lambda: _write_companions(partial, state, tokenizer_files))
+        failure = _attempt(lambda: _write_companions(partial, state, tokenizer))
     _raise_together(failure, target, context)
 
     mine: dict[str, Any] = {}
@@ -134,10 +134,9 @@ def check_tokenizer(state: CheckpointState, tokenizer: dict[str, Any] | None, fo
             f"The checkpoint {folder} was made with a vocabulary of {stored['vocab_size']}, the data with one of "
             f"{given['vocab_size']}. Tokenize the data with the tokenizer in {folder / folders.TOKENIZER}."
         )
-    main_file = next(iter(stored["files"]))
-    if stored["files"][main_file] != given["files"].get(main_file, stored["files"][main_file]):
+    if stored["fingerprint"] != given["fingerprint"]:
         raise CheckpointError(
-            f"The checkpoint {folder} was made with another {main_file} (its sha256 differs) than the data. "
+            f"The checkpoint {folder} was made with another tokenizer than the data: they give different ids. "
             f"Tokenize the data with the tokenizer in {folder / folders.TOKENIZER}."
         )
 
@@ -162,12 +161,10 @@ def _share(partial: Path, context: ParallelContext) -> list[str]:
     return mine
 
 
-def _write_companions(partial: Path, state: CheckpointState, tokenizer_files: Sequence[Path]) -> None:
+def _write_companions(partial: Path, state: CheckpointState, tokenizer: Tokenizer | None) -> None:
     folders.write_state(partial, state)
-    if tokenizer_files:
-        (partial / folders.TOKENIZER).mkdir()
-        for file in tokenizer_files:
-            shutil.copyfile(file, partial / folders.TOKENIZER / file.name)
+    if tokenizer is not None:
+        tokenizer.copy_to(partial / folders.TOKENIZER)
 
 
 def _attempt(action: Any) -> str | None:
@@ -189,13 +186,20 @@ def _raise_together(failure: str | None, target: Path, context: ParallelContext)
     broadcast_object(None, context.world)
     latest = target.parent / folders.LATEST
     stays = f"The last good checkpoint stays: {latest.read_text().strip()}." if latest.is_file() else ""
+    free = shutil.disk_usage(target.parent).free
     raise CheckpointError(
-        f"The checkpoint {target} could not be written: {failures[0]}. Make room and start again. {stays}"
+        f"The checkpoint {target} could not be written: {failures[0]} ({free / 1e6:,.0f} MB are free there). "
+        f"Make room and start again. {stays}"
     )
 
 
 def _first_cause(error: BaseException) -> str:
+    """The system's own words where there are any: DCP wraps them, and its writer hides them behind its own."""
     if isinstance(error, CheckpointException):
-        causes = [wrapped[0] for wrapped in error.failures.values()]
-        return str(causes[0]).splitlines()[0] if causes else "unknown reason"
+        error = next((wrapped[0] for wrapped in error.failures.values()), error)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
     return str(error).splitlines()[0]

@@ -33,6 +33,9 @@ _PLACEHOLDERS = {
 }
 """Stand-ins for required fields while the others are checked one by one."""
 
+_EXAMPLES = dict.fromkeys(("data.train", "data.valid"), "Expected a list such as [{path: PREFIX, weight: 1.0}].")
+"""What is expected where the parser's own words do not help."""
+
 INFORMATION_FLAGS = ("-h", "--help", "--print_config")
 """Options that print something and end."""
 
@@ -127,6 +130,9 @@ def _read_options(options: list[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ConfigError(f"--{name} {value}: not a YAML value. Put quotes around it.") from error
     sections = _sections(Config)
+    bare = [name for name, value in given.items() if name in sections and not isinstance(value, dict)]
+    if bare:
+        raise ConfigError([f"--{name} is a section: write --{name}.KEY VALUE." for name in bare])
     return _flatten(_nest(given), sections)
 
 
@@ -248,7 +254,8 @@ def _wrong_types(known: dict[str, Any]) -> list[str]:
         try:
             parser.parse_object(_nest({key: value}))
         except (ArgumentError, TypeError, ValueError) as error:
-            faults.append(f"{key} is {value!r}: {_reason(str(error))}")
+            reason = _EXAMPLES.get(key) or _reason(str(error))
+            faults.append(f"{key} is {value!r}: {reason}")
     return faults
 
 

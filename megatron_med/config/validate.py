@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from megatron_med.config.schema import Config, ModelConfig, ParallelConfig
@@ -101,6 +102,11 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"model.hidden_size is {model.hidden_size}, not num_attention_heads x head_dim = "
             f"{model.num_attention_heads} x {model.head_dim}: gpt2 has no other shape. Change one of them."
         )
+    scaling = model.rope_scaling
+    if model.family == "gpt2" and scaling is not None:
+        yield "model.rope_scaling is set: gpt2 has learned positions. Leave it out."
+    if not 0 < model.rope_theta < math.inf or (scaling is not None and not 0 < scaling.factor < math.inf):
+        yield "model.rope_theta and model.rope_scaling.factor must be numbers above 0."
     dropouts = ("embedding_dropout", "hidden_dropout", "attention_dropout")
     for name in dropouts:
         value = getattr(model, name)
@@ -108,6 +114,11 @@ def _model(model: ModelConfig) -> Iterator[str]:
             yield f"model.{name} is {value}: a probability from 0 up to, not including, 1 is needed."
         if value and model.family == "llama":
             yield f"model.{name} is {value}: the llama family has no dropout. Set it to 0."
+
+
+def cut_faults(model: ModelConfig, parallel: ParallelConfig) -> list[str]:
+    """Why a model cannot be cut over these ranks; an empty list where it can."""
+    return [*_tensor_cut(model, parallel), *_pipeline_cut(model, parallel)]
 
 
 def _tensor_cut(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
@@ -184,8 +195,8 @@ def _numbers(config: Config) -> Iterator[str]:
         yield "data.train is empty: name at least one corpus, as [{path: PREFIX}]."
     for split in ("train", "valid"):
         for source in getattr(config.data, split):
-            if not source.weight > 0:
-                yield f"data.{split}: the weight of {source.path} is {source.weight}. It must be above 0."
+            if not 0 < source.weight < math.inf:
+                yield f"data.{split}: the weight of {source.path} is {source.weight}. It must be a number above 0."
     decay = schedule.decay_steps if schedule.decay_steps is not None else train.steps
     if schedule.warmup_steps < 0 or (schedule.name != "constant" and schedule.warmup_steps > decay):
         yield (
@@ -196,7 +207,11 @@ def _numbers(config: Config) -> Iterator[str]:
         yield f"lr_schedule.min_lr is {schedule.min_lr}: it must lie between 0 and optimizer.lr = {optimizer.lr}."
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         yield f"optimizer.betas is {list(optimizer.betas)}: both must lie from 0 up to, not including, 1."
+    if not 0 <= train.seed < 2**32:
+        yield f"train.seed is {train.seed}: it must lie from 0 to {2**32 - 1}."
     limits = {
+        "optimizer.lr": optimizer.lr,
+        "model.init_std": config.model.init_std,
         "optimizer.eps": optimizer.eps,
         "optimizer.weight_decay": optimizer.weight_decay,
         "optimizer.clip_grad": optimizer.clip_grad,
@@ -205,8 +220,8 @@ def _numbers(config: Config) -> Iterator[str]:
         "checkpoint.keep": config.checkpoint.keep,
     }
     for name, value in limits.items():
-        if value < 0:
-            yield f"{name} is {value}: it must not be negative."
+        if not 0 <= value < math.inf:
+            yield f"{name} is {value}: it must be a number of at least 0."
     if train.valid_interval and not config.data.valid:
         yield (
             f"train.valid_interval is {train.valid_interval} but data.valid is empty: name a validation corpus, "

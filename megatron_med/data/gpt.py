@@ -18,6 +18,7 @@ from megatron_med.data.indexed import IndexedDataset
 from megatron_med.errors import DataError
 
 _CACHED_EPOCHS = 2
+_FINGERPRINT_BYTES = 1 << 20
 
 
 def epoch_generator(seed: int, epoch: int) -> np.random.RandomState:
@@ -86,7 +87,11 @@ class PackedDataset:
 
 
 def _fingerprint(data: IndexedDataset) -> str:
-    """Hash of the index file and the size of the token file: what the order depends on."""
-    with data.idx_path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return f"{digest}-{data.bin_path.stat().st_size}"
+    """Hash of the index file, and of the size and both ends of the token file."""
+    size = data.bin_path.stat().st_size
+    with data.idx_path.open("rb") as index, data.bin_path.open("rb") as tokens:
+        digest = hashlib.file_digest(index, "sha256")
+        digest.update(tokens.read(_FINGERPRINT_BYTES))
+        tokens.seek(max(0, size - _FINGERPRINT_BYTES))
+        digest.update(tokens.read())
+    return f"{digest.hexdigest()}-{size}"

@@ -142,10 +142,13 @@ class IndexedDatasetWriter:
         self._dtype = np.dtype(dtype)
         self._sizes: list[int] = []
         self._borders = [0]
-        self._bin_path.parent.mkdir(parents=True, exist_ok=True)
         self._partial_bin = _partial(self._bin_path)
         self._partial_idx = _partial(self._idx_path)
-        self._file = self._partial_bin.open("wb")
+        try:
+            self._bin_path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._partial_bin.open("wb")
+        except OSError as error:
+            raise DataError(f"{self._bin_path} cannot be written: {error.strerror}. Choose another place.") from error
 
     def add_document(self, tokens: npt.ArrayLike) -> None:
         """Appends one document of ids."""

@@ -48,6 +48,8 @@ def text_of(line: Line, key: str) -> str:
         raise BadLine(f"invalid UTF-8 at byte {error.start} of the line") from error
     except json.JSONDecodeError as error:
         raise BadLine(f"broken JSON at column {error.colno} ({error.msg})") from error
+    except RecursionError as error:
+        raise BadLine("JSON that is nested too deeply") from error
     if not isinstance(record, dict) or key not in record:
         raise BadLine(f"no key '{key}'")
     text = record[key]

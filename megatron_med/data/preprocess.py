@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from megatron_med.data.indexed import IndexedDatasetWriter, smallest_dtype
 from megatron_med.data.jsonl import BadLine, Line, bad_line_error, check_inputs, read_lines, text_of
 from megatron_med.data.sources import side_file, write_side_file
-from megatron_med.errors import DataError, refuse_existing
+from megatron_med.errors import ConfigError, DataError, refuse_existing
 from megatron_med.tokenizer import Tokenizer, load_tokenizer
 
 _LINES_PER_TASK = 64
@@ -82,6 +82,8 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
         TargetExistsError: the output exists.
     """
     check_inputs(options.inputs)
+    if options.workers < 1:
+        raise ConfigError(f"--workers is {options.workers}: at least 1 process is needed.")
     prefix = options.output_prefix
     for path in (prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx"), side_file(prefix)):
         refuse_existing(path, options.overwrite)

@@ -41,9 +41,15 @@ def read_side_file(prefix: str | Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return content if "tokenizer" in content else None
+        return content if _is_ours(content) else None
     except ValueError as error:
         raise DataError(f"{path} is not JSON: {error}. Tokenize again, or remove it and set data.tokenizer.") from error
+
+
+def _is_ours(content: Any) -> bool:
+    """Whether a JSON file beside the data is a side file; another tool may have left one of its own."""
+    tokenizer = content.get("tokenizer") if isinstance(content, dict) else None
+    return isinstance(tokenizer, dict) and {"paths", "files", "vocab_size", "fingerprint"} <= tokenizer.keys()
 
 
 def recorded_tokenizer(prefix: str | Path) -> Tokenizer | None:
@@ -85,13 +91,10 @@ def find_tokenizer(sources: Sequence[DataSource], override: str | None, vocab_si
         tokenizer = tokenizer or recorded_tokenizer(source.path)
         assert tokenizer is not None, "a side file names a tokenizer"
         theirs, ours = recorded["tokenizer"], tokenizer.describe()
-        main = next(iter(theirs["files"]))
-        if theirs["vocab_size"] != ours["vocab_size"] or theirs["files"][main] != ours["files"].get(
-            main, theirs["files"][main]
-        ):
+        if theirs["vocab_size"] != ours["vocab_size"] or theirs["fingerprint"] != ours["fingerprint"]:
             raise DataError(
-                f"{source.path} was made with another tokenizer ({main}, {theirs['vocab_size']} pieces) than the run "
-                f"uses ({tokenizer.files[0]}, {ours['vocab_size']} pieces). Tokenize all corpora with one."
+                f"{source.path} was made with another tokenizer ({theirs['paths'][0]}, {theirs['vocab_size']} pieces) "
+                f"than the run uses ({tokenizer.files[0]}, {ours['vocab_size']} pieces). Tokenize all corpora with one."
             )
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from megatron_med.checkpoint.folder import TOKENIZER, read_state, resolve_checkpoint
 from megatron_med.checkpoint.save_load import load_weights, verify_checkpoint
-from megatron_med.config import model_from_dict
-from megatron_med.errors import CheckpointError
+from megatron_med.config import ParallelConfig, model_from_dict
+from megatron_med.config.validate import cut_faults
+from megatron_med.errors import CheckpointError, ConfigError
 from megatron_med.generate.sampling import Sampling, next_token
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import build_stage
@@ -44,6 +45,9 @@ class Generator:
         step = resolve_checkpoint(checkpoint)
         verify_checkpoint(step, context)
         self.config = model_from_dict(read_state(step).model)
+        faults = cut_faults(self.config, ParallelConfig(tensor=context.tp.size, pipeline=context.pp.size))
+        if faults:
+            raise ConfigError(faults)
         self._context = context
         self._stage = build_stage(self.config, context, dtype, layers_per_stage).eval()
         load_weights(step, self._stage, context)
@@ -65,6 +69,11 @@ class Generator:
             raise CheckpointError(
                 f"The prompt has {len(prompt)} tokens and {max_new_tokens} new ones are asked for: at least 1 and "
                 f"together at most {limit} (max_position_embeddings) fit. Shorten one of them."
+            )
+        strange = [token for token in prompt if not 0 <= token < self.config.vocab_size]
+        if strange:
+            raise CheckpointError(
+                f"The prompt holds the id {strange[0]}: the model's vocabulary ends at {self.config.vocab_size - 1}."
             )
         generator = generator_of("generate", seed, device=self._context.device)
         cache = KeyValueCache()

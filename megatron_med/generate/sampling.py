@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from megatron_med.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,17 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not 0 <= self.temperature < math.inf:
+            faults.append(f"temperature is {self.temperature}: it must be a number of at least 0.")
+        if self.top_k < 0:
+            faults.append(f"top-k is {self.top_k}: it must be at least 0 (0: all tokens).")
+        if not 0 < self.top_p <= 1:
+            faults.append(f"top-p is {self.top_p}: it must lie above 0 and up to 1.")
+        if faults:
+            raise ConfigError(faults)
 
 
 def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:

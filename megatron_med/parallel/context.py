@@ -125,15 +125,19 @@ def create_context(config: ParallelConfig, device: torch.device) -> ParallelCont
     )
 
 
-def preflight(context: ParallelContext, timeout: timedelta) -> None:
-    """One small collective in every group; a rank that does not answer is named by the error."""
-    if context.world.size == 1:
+def await_all_ranks(timeout: timedelta) -> None:
+    """Waits for every rank before any group is made; the error names those that did not come."""
+    if dist.get_world_size() == 1:
         return
     control = dist.new_group(backend="gloo", timeout=timeout)
     dist.monitored_barrier(control, timeout=timeout, wait_all_ranks=True)
     dist.destroy_process_group(control)
+
+
+def preflight(context: ParallelContext) -> None:
+    """One small collective in every group."""
     one = torch.ones(1, device=context.device)
-    for axis in (context.tp, context.pp, context.dp, context.dp_shard, context.embedding):
+    for axis in (context.tp, context.pp, context.pp_backward, context.dp, context.dp_shard, context.embedding):
         if axis.group is not None:
             total = one.clone()
             dist.all_reduce(total, group=axis.group)

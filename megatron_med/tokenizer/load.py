@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,10 @@ import tokenizers
 
 from megatron_med.errors import DataError
 
+_PROBE = (
+    "Tokenizers differ: 37.5 °C, HbA1c 8.1 %, β-blockers (metoprolol 50 mg/d) \u2013 acetylcholinesterase, Crohn's;\n"
+    "  immunohistochemistry of adenocarcinoma; pharmacokinetics, electroencephalography; COVID-19 RT-PCR was negative."
+)
 _END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
@@ -49,8 +54,28 @@ class Tokenizer(ABC):
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in self.files}
 
     def describe(self) -> dict[str, Any]:
-        """What is recorded beside data and checkpoints."""
-        return {"vocab_size": self.vocab_size, "eod_id": self.eod_id, "files": self.file_hashes()}
+        """What is recorded beside data and checkpoints. Equal fingerprints mean equal ids, whatever the files."""
+        probe = json.dumps(self.encode(_PROBE)).encode()
+        return {
+            "vocab_size": self.vocab_size,
+            "eod_id": self.eod_id,
+            "fingerprint": hashlib.sha256(probe).hexdigest()[:16],
+            "files": self.file_hashes(),
+        }
+
+    def copy_to(self, folder: Path) -> None:
+        """Copies the files under the names that ``load_tokenizer`` and Hugging Face look for in a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        names = [file.name for file in self.files]
+        if names[0].endswith(".model"):
+            names[0] = "tokenizer.model"
+        elif len(names) > 1 and names[1].endswith((".txt", ".bpe")):
+            names[:2] = ["vocab.json", "merges.txt"]
+        elif names[0].endswith(".json"):
+            names[0] = "tokenizer.json"
+        for file, name in zip(self.files, names, strict=True):
+            if not (folder / name).exists():
+                shutil.copyfile(file, folder / name)
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -155,7 +180,11 @@ def _from_tokenizer_json(file: Path) -> Tokenizer:
             f"{file} is not a Hugging Face tokenizer.json (it has no 'model'). A GPT-2 vocabulary is given together "
             f"with its merges: {file},MERGES.txt."
         )
-    return HuggingFaceTokenizer(tokenizers.Tokenizer.from_file(str(file)), [file])
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare Exception
+        raise DataError(f"{file} is not a tokenizer.json that can be read: {error}. Give an intact file.") from error
+    return HuggingFaceTokenizer(backend, [file])
 
 
 def _byte_level_bpe(vocabulary: Path, merges: Path) -> Tokenizer:

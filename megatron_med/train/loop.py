@@ -7,6 +7,7 @@ from megatron_med.checkpoint.save_load import save_checkpoint
 from megatron_med.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIGNAL
 from megatron_med.model.flops import training_flops_per_token
 from megatron_med.optim.lr_schedule import learning_rate
+from megatron_med.parallel.collectives import gather_objects
 from megatron_med.train.metrics import Metrics, make_reporters, memory_bytes, peak_flops
 from megatron_med.train.setup import Run
 from megatron_med.train.signals import StopRequest
@@ -26,7 +27,7 @@ def train(run: Run, stop: StopRequest) -> tuple[int, str]:
         folder.cut_metrics(progress.step)
         reporters = make_reporters(config, folder.metrics, folder.tensorboard, progress.step)
     skipped_in_a_row = 0
-    outcome = EXIT_DONE, f"trained to step {config.train.steps}"
+    outcome = EXIT_DONE, f"trained to step {max(progress.step, config.train.steps)}"
     while progress.step < config.train.steps:
         timer = StepTimer(run.context.device)
         lr = learning_rate(config.lr_schedule, config.optimizer.lr, progress.step + 1, config.train.steps)
@@ -70,10 +71,11 @@ def _save(run: Run) -> None:
         run.context,
         sharded=run.shards_optimizer,
         state=run.checkpoint_state(),
-        tokenizer_files=run.tokenizer.files if run.tokenizer else (),
+        tokenizer=run.tokenizer,
     )
     if run.context.world.is_first:
-        prune(run.folder.checkpoints, run.config.checkpoint.keep, run.config.checkpoint.keep_every)
+        checkpoint = run.config.checkpoint
+        prune(run.folder.checkpoints, checkpoint.keep, checkpoint.keep_every, run.progress.step)
         print(f"saved {target}", flush=True)
 
 
@@ -109,7 +111,8 @@ def _metrics(run: Run, result: StepResult, lr: float, timer: StepTimer) -> Metri
 
 
 def _first_bad_gradient(run: Run) -> str:
-    for item in run.machinery.optimizer.owned:
-        if not item.gradient.isfinite().all():
-            return f"the first is of {item.layout.name} (rank {run.context.world.rank})"
-    return f"none of them on rank {run.context.world.rank}"
+    """Name of the first parameter with such a gradient, over all ranks."""
+    names = [item.layout.name for item in run.machinery.optimizer.owned if not item.gradient.isfinite().all()]
+    found = gather_objects(names[0] if names else None, run.context.world)
+    bad = [f"{name} (rank {rank})" for rank, name in enumerate(found) if name is not None]
+    return f"the first is of {bad[0]}" if bad else "the loss itself"

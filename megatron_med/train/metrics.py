@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,7 +56,8 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def report(self, metrics: Metrics) -> None:
-        self._file.write(json.dumps(metrics) + "\n")
+        finite = {name: None if _not_finite(value) else value for name, value in metrics.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -136,6 +138,10 @@ def make_reporters(config: Config, metrics_path: Path, tensorboard: Path, resume
     if config.logging.wandb:
         reporters.append(WeightsAndBiases(config))
     return reporters
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _duration(seconds: float) -> str:

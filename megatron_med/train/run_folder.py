@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from megatron_med.checkpoint.folder import CHECKPOINTS, complete_steps, latest_folder
+from megatron_med.checkpoint.folder import CHECKPOINTS, complete_steps, latest_folder, remove_partials
 from megatron_med.errors import ConfigError
 
 IDENTITY = "run.json"
@@ -64,14 +65,13 @@ class RunFolder:
             self._lock = None
 
     def check_identity(self, identity: dict[str, Any]) -> None:
-        """Refuses a folder that holds a run of another model or other data; records this one's in an empty folder.
+        """Refuses a folder that holds a run of another model or other data. Writes nothing.
 
         Raises:
             ConfigError: one fault for each field that differs.
         """
         path = self.path / IDENTITY
         if not path.is_file():
-            self.write_json(IDENTITY, identity)
             return
         stored = json.loads(path.read_text(encoding="utf-8"))
         before, now = _flat(stored), _flat(json.loads(json.dumps(identity)))
@@ -83,6 +83,13 @@ class RunFolder:
         ]
         if faults:
             raise ConfigError(faults)
+
+    def begin(self, identity: dict[str, Any], config: str) -> None:
+        """Records a start that everything has agreed to; what an earlier end or crash left behind goes."""
+        self.write_json(IDENTITY, identity)
+        _replace(self.path / CONFIG, config)
+        (self.path / EXIT).unlink(missing_ok=True)
+        remove_partials(self.checkpoints)
 
     def resume_point(self) -> Path | None:
         """The step to go on from; None where the run has no checkpoint yet."""
@@ -110,15 +117,14 @@ class RunFolder:
 
     def write_exit(self, code: int, reason: str) -> None:
         """Records how the run ended, for launch scripts: torchrun itself answers 1 for every failure."""
-        self.write_json(EXIT, {"code": code, "reason": reason})
+        try:
+            self.write_json(EXIT, {"code": code, "reason": reason})
+        except OSError as error:  # a full disk must not hide the reason itself
+            print(f"error: {self.path / EXIT} could not be written: {error}", file=sys.stderr, flush=True)
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes a small file in one piece."""
         _replace(self.path / name, json.dumps(content, indent=2) + "\n")
-
-    def write_config(self, text: str) -> None:
-        """Writes the resolved configuration."""
-        _replace(self.path / CONFIG, text)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from megatron_med.checkpoint.folder import CheckpointState, read_state, resolve_checkpoint
 from megatron_med.checkpoint.save_load import check_model, check_tokenizer, load_optimizer, verify_checkpoint
-from megatron_med.config import Config
+from megatron_med.config import Config, dump_config
 from megatron_med.data.cache import cache_folder
 from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import blend, find_tokenizer, one_pass, open_corpora
+from megatron_med.errors import UserError
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, build_stage
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.collectives import broadcast_object
-from megatron_med.parallel.context import ParallelContext, create_context, preflight
+from megatron_med.parallel.context import ParallelContext, await_all_ranks, create_context, preflight
 from megatron_med.parallel.data_parallel import DataParallel
 from megatron_med.parallel.parameters import initialise
 from megatron_med.parallel.pipeline import PipelineEngine
 from megatron_med.tokenizer import Tokenizer
 from megatron_med.train.run_folder import RunFolder
 from megatron_med.train.step import Machinery
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -75,21 +79,22 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     Raises:
         UserError: data, run folder or checkpoint do not fit the configuration.
     """
+    await_all_ranks(timedelta(minutes=config.train.timeout_minutes))
     context = create_context(config.parallel, device)
-    preflight(context, timedelta(minutes=config.train.timeout_minutes))
+    preflight(context)
+    _on_first_rank(context, folder.claim)
     model, data, train = config.model, config.data, config.train
     cache = cache_folder(data.cache_dir)
     tokenizer = find_tokenizer([*data.train, *data.valid], data.tokenizer, model.vocab_size)
     corpora = open_corpora(data.train, data.sequence_length, train.seed, model.vocab_size, cache)
-    if context.world.is_first:
-        folder.claim()
-        folder.check_identity(_identity(config, corpora))
+    identity = _identity(config, corpora)
+    _on_first_rank(context, lambda: folder.check_identity(identity))
 
     machinery = build_machinery(config, context)
     progress = _load(config, folder, machinery, tokenizer)
-    total = max(train.steps * train.global_batch_size, progress.consumed_samples)
-    remaining = (train.steps - progress.step) * train.global_batch_size
-    total = max(total, progress.consumed_samples + remaining)
+    _on_first_rank(context, lambda: folder.begin(identity, dump_config(config)))
+    remaining = max(0, train.steps - progress.step) * train.global_batch_size
+    total = max(1, progress.consumed_samples + remaining)
     return Run(
         config=config,
         folder=folder,
@@ -110,6 +115,23 @@ def build_machinery(config: Config, context: ParallelContext) -> Machinery:
     engine: PipelineEngine[MicroBatch] = PipelineEngine(stage, context, dtype)
     optimizer = Optimizer(data_parallel, context, config.optimizer)
     return Machinery(context, stage, engine, data_parallel, optimizer, config.parallel.schedule)
+
+
+def _on_first_rank(context: ParallelContext, action: Callable[[], T]) -> T:
+    """Runs ``action`` on rank 0; every rank gets its value, or raises its fault, so that all of them end together."""
+    failure: UserError | None = None
+    value: Any = None
+    if context.world.is_first:
+        try:
+            value = action()
+        except UserError as error:
+            failure = error
+    kind, faults, value = broadcast_object(
+        (type(failure), failure.faults, None) if failure else (None, [], value), context.world
+    )
+    if kind is not None:
+        raise kind(faults)
+    return value
 
 
 def _loader(config: Config, context: ParallelContext, dataset: Any) -> BatchLoader:
@@ -151,8 +173,7 @@ def _identity(config: Config, corpora: list[PackedDataset]) -> dict[str, Any]:
 def _load(config: Config, folder: RunFolder, machinery: Machinery, tokenizer: Tokenizer | None) -> Progress:
     """RUN's own latest checkpoint first, then ``checkpoint.load``; else the initial weights."""
     context = machinery.context
-    resume = folder.resume_point() if context.world.is_first else None
-    resume = broadcast_object(resume, context.world)
+    resume = _on_first_rank(context, folder.resume_point)
     source = resume
     everything = resume is not None or config.checkpoint.load_state == "all"
     if source is None:

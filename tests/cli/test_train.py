@@ -177,10 +177,94 @@ def test_run_folder_keeps_its_model_data_and_owner(config: Path, tmp_path: Path)
     command = [sys.executable, *map(str, (*TRAIN, config, "--train.steps", 5000))]
     with started(command, tmp_path / "log") as process:
         wait_for_step(run, 4, process, tmp_path / "log")
-        record = (run / "exit.json").read_bytes()
+        assert not (run / "exit.json").exists(), "the end of an earlier start says nothing of this one"
         _refused(train_forked(*arguments), "another run is alive in it")
-        assert (run / "exit.json").read_bytes() == record
+        assert not (run / "exit.json").exists(), "the live run's record is its own"
         assert process.poll() is None
+
+
+def test_refusal_by_rank_0_ends_every_rank_without_traceback(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train_forked(config, "--train.steps", 1).returncode == 0
+    before = {name: (run / name).read_bytes() for name in ("config.yaml", "run.json", "metrics.jsonl")}
+    command = torchrun_command(2, *TRAIN, config, "--parallel.tensor", 2, "--model.num_layers", 3)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.stderr.count("error: model.num_layers is 3, but") == 1
+    worker_lines = [line for line in done.stderr.splitlines() if line.startswith("[rank")]
+    assert not worker_lines, worker_lines
+    assert json.loads((run / "exit.json").read_text())["code"] == 2
+    assert {name: (run / name).read_bytes() for name in before} == before, "a refused start changes nothing"
+
+
+def test_a_start_that_failed_does_not_claim_the_folder(config: Path, tmp_path: Path) -> None:
+    source, run = tmp_path / "source", tmp_path / "run"
+    assert train_forked(config, "--train.steps", 1, "--train.output_dir", source).returncode == 0
+    wrong = train_forked(config, "--train.steps", 1, "--model.num_layers", 3, "--checkpoint.load", source)
+    _refused(wrong, "model.num_layers is 4 in the checkpoint and 3")
+    assert json.loads((run / "exit.json").read_text())["code"] == 2
+    assert train_forked(config, "--train.steps", 1, "--checkpoint.load", source).returncode == 0
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
+
+
+def test_tokenizer_files_of_any_name_reach_the_exported_folder(config: Path, tmp_path: Path, shared: Path) -> None:
+    from tests.conftest import SAMPLE
+
+    tokenizer = shared / "tokenizers" / "llama2_tokenizer.model"
+    prefix = tmp_path / "llama2"
+    done = python("tools/preprocess_data.py", "--input", SAMPLE, "--output-prefix", prefix, "--tokenizer", tokenizer)
+    assert done.returncode == 0, done.stderr
+    data = ("--data.train", f"[{{path: {prefix}}}]", "--data.valid", "[]", "--model.vocab_size", 32000)
+    assert train_forked(config, "--train.steps", 1, *data).returncode == 0
+    run = tmp_path / "run"
+    done = python("tools/convert_checkpoint.py", "export", "--from", run, "--to", tmp_path / "hf", "--verify")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
+    done = python("tools/convert_checkpoint.py", "export", "--from", run, "--to", run, "--overwrite")
+    assert done.returncode == 2
+    assert "lie inside each other" in done.stderr
+    assert (run / "checkpoints" / "latest").exists()
+    for options, message in (
+        (("--prompt", "x", "--top-p", 0, "--temperature", -1), "top-p is 0.0"),
+        (("--prompt-ids", 99999), "vocabulary ends at 31999"),
+        (("--prompt", "x", "--max-new-tokens", 5000), "max_position_embeddings"),
+    ):
+        done = python("tools/generate.py", "--checkpoint", run, *options)
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_non_finite_gradients_are_skipped_then_stop_the_run_by_name(config: Path, tmp_path: Path) -> None:
+    """A weight that is not a number, written into a checkpoint, makes every gradient so."""
+    source, run = tmp_path / "source", tmp_path / "run"
+    assert train_forked(config, "--train.steps", 1, "--train.output_dir", source).returncode == 0
+    _poison(source / "checkpoints" / "step-00000001", "layers.1.mlp.down.weight")
+    done = train_forked(config, "--checkpoint.load", source, "--train.max_skipped_steps", 3)
+    assert done.returncode == 1
+    record = json.loads((run / "exit.json").read_text())
+    assert record["code"] == 1
+    assert "gradients were not finite for 3 steps: the first is of" in record["reason"]
+    metrics = read_metrics(run)
+    assert [line["skipped"] for line in metrics] == [True, True, True]
+    assert metrics[0]["loss"] is None, "NaN is no JSON"
+
+
+def _poison(step: Path, name: str) -> None:
+    """Saves a checkpoint again with one weight that is not a number."""
+    import torch
+
+    from megatron_med.checkpoint import folder as folders
+    from megatron_med.checkpoint.storage import Reader, write_streaming
+
+    reader = Reader(step)
+    tensors = {key: reader.read(key) for key in reader.shapes()}
+    tensors[name].view(-1)[0] = float("nan")
+    state = folders.read_state(step)
+    partial = folders.begin(step)
+    specs = {key: (tuple(tensor.shape), torch.float32) for key, tensor in tensors.items()}
+    write_streaming(partial, specs, {key: (lambda key=key: tensors[key]) for key in tensors})
+    folders.write_state(partial, state)
+    folders.commit(step, folders.describe_files(partial, folders.file_names(partial)))
 
 
 def test_weights_of_another_run_start_a_fresh_one(config: Path, tmp_path: Path) -> None:

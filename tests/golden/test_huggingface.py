@@ -186,10 +186,14 @@ def test_bad_folders_are_refused_by_name(tmp_path: Path) -> None:
         ({"model_type": "bert"}, "model_type is bert"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ({"vocab_size": 998}, "vocab_size of 998"),
+        ({"n_inner": 128}, "does not fit config.json"),
     ):
         (tmp_path / "hf" / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(CheckpointError, match=message):
             import_huggingface(tmp_path / "hf", tmp_path / "checkpoint")
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "n_head"}))
+    with pytest.raises(CheckpointError, match="no 'n_head'"):
+        import_huggingface(tmp_path / "hf", tmp_path / "checkpoint")
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
     (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="pickled"):

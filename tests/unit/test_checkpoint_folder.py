@@ -80,10 +80,27 @@ def test_latest_that_names_nothing_is_told(tmp_path: Path) -> None:
 def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
     for step in (5, 10, 15, 20, 25):
         _save(tmp_path, step)
-    folders.prune(tmp_path, keep=0, keep_every=None)
+    folders.prune(tmp_path, keep=0, keep_every=None, current=25)
     assert folders.complete_steps(tmp_path) == [5, 10, 15, 20, 25]
-    folders.prune(tmp_path, keep=2, keep_every=10)
+    folders.prune(tmp_path, keep=2, keep_every=10, current=25)
     assert folders.complete_steps(tmp_path) == [10, 20, 25]
+
+
+def test_pruning_after_stepping_back_keeps_the_step_just_saved(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 3):
+        _save(tmp_path, step)
+    folders.prune(tmp_path, keep=2, keep_every=None, current=3)
+    assert folders.complete_steps(tmp_path) == [2, 3]
+    assert folders.resolve_checkpoint(tmp_path).name == "step-00000003"
+
+
+def test_saving_a_step_again_replaces_it_and_leftovers_go(tmp_path: Path) -> None:
+    _save(tmp_path, 10)
+    step = _save(tmp_path, 10)
+    folders.begin(folders.step_folder(tmp_path, 7))
+    folders.remove_partials(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010"]
+    verify_checkpoint(step, single_process_context())
 
 
 class _Attack:
@@ -111,9 +128,9 @@ def test_another_model_is_refused_field_by_field() -> None:
 
 
 def test_another_vocabulary_is_refused() -> None:
-    ours = {"vocab_size": 100, "eod_id": 1, "files": {"tokenizer.json": "aa"}}
+    ours = {"vocab_size": 100, "eod_id": 1, "fingerprint": "x", "files": {"tokenizer.json": "aa"}}
     state = CheckpointState(model={}, tokenizer=ours)
     check_tokenizer(state, dict(ours), Path("step"))
-    for change in ({"vocab_size": 101}, {"files": {"tokenizer.json": "bb"}}):
+    for change in ({"vocab_size": 101}, {"fingerprint": "y", "files": {"tokenizer.model": "bb"}}):
         with pytest.raises(CheckpointError, match="Tokenize the data with the tokenizer in"):
             check_tokenizer(state, ours | change, Path("step"))

@@ -103,6 +103,13 @@ def test_missing_fields_are_all_named(tmp_path: Path) -> None:
         ({"train": {"valid_interval": 5}}, 8, "data.valid is empty"),
         ({"model": {"preset": "lama2-7b"}}, 8, "Did you mean llama2-7b?"),
         ({"model": {"hidden_dropout": 0.1}}, 8, "llama family has no dropout"),
+        ({"train": {"seed": -1}}, 8, "train.seed is -1"),
+        ({"model": {"init_std": -1.0}}, 8, "model.init_std is -1.0"),
+        ({"model": {"rope_scaling": {"type": "linear", "factor": 0.0}}}, 8, "must be numbers above 0"),
+        ({"model": {"preset": "gpt2-tiny", "rope_scaling": {"type": "linear", "factor": 2.0}}}, 8, "learned positions"),
+        ({"optimizer": {"clip_grad": float("nan")}}, 8, "optimizer.clip_grad is nan"),
+        ({"data": {"train": [{"path": "a", "weight": float("inf")}]}}, 8, "weight of a is inf"),
+        ({"data": {"train": ["a"]}}, 8, "Expected a list such as [{path: PREFIX, weight: 1.0}]"),
     ],
 )
 def test_broken_rule_says_value_rule_and_remedy(
@@ -138,6 +145,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
     assert "is not YAML" in _faults([str(tmp_path / "c.yaml")])[0]
     assert any("No configuration was given" in fault for fault in _faults([]))
     assert "has no value" in _faults([_write(tmp_path), "--train.steps"])[0]
+    assert "--train is a section" in _faults([_write(tmp_path), "--train", "5", "--train.steps", "3"])[0]
 
 
 def test_help_shows_every_field_with_its_docstring(capsys: pytest.CaptureFixture[str]) -> None:

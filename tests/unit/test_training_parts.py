@@ -84,7 +84,12 @@ def test_metrics_are_cut_back_to_the_resumed_step(tmp_path: Path) -> None:
 
 def test_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.check_identity({"model": {"layers": 2}, "data": [{"path": "a", "content": "x"}]})
+    identity = {"model": {"layers": 2}, "data": [{"path": "a", "content": "x"}]}
+    folder.check_identity(identity)
+    assert not list(tmp_path.iterdir()), "nothing is recorded before the start has succeeded"
+    folder.write_exit(0, "an earlier end")
+    folder.begin(identity, "a: 1\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run.json"]
     folder.check_identity({"model": {"layers": 2}, "data": [{"path": "moved", "content": "x"}]})
     with pytest.raises(ConfigError) as caught:
         folder.check_identity({"model": {"layers": 3}, "data": [{"path": "a", "content": "y"}]})

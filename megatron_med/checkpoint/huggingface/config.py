@@ -30,6 +30,13 @@ def from_huggingface(config: dict[str, Any]) -> ModelConfig:
     Raises:
         CheckpointError: another family, or a setting that we have no arithmetic for, by name.
     """
+    try:
+        return _from_known(config)
+    except KeyError as error:
+        raise CheckpointError(f"config.json has no {error.args[0]!r}: it is needed. Get the whole file.") from error
+
+
+def _from_known(config: dict[str, Any]) -> ModelConfig:
     family = config.get("model_type")
     if family == "llama":
         _refuse(config, {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"})

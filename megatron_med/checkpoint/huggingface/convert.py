@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from megatron_med.checkpoint.huggingface.verify import verify_logits
 from megatron_med.checkpoint.save_load import verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
 from megatron_med.config import ModelConfig, model_from_dict
-from megatron_med.errors import CheckpointError, refuse_existing
+from megatron_med.errors import CheckpointError, TargetExistsError, refuse_existing
 from megatron_med.model.build import DTYPES
 from megatron_med.parallel.context import single_process_context
 from megatron_med.tokenizer import Tokenizer, load_tokenizer
@@ -47,6 +48,7 @@ def import_huggingface(
         The step folder.
     """
     config = from_huggingface(read_config(source))
+    _refuse_overlap(source, target)
     refuse_existing(target, overwrite)
     loaded = _tokenizer_of(source, tokenizer, config)
     final = folders.step_folder(target, 0)
@@ -61,7 +63,7 @@ def import_huggingface(
         )
         folders.write_state(partial, state)
         if loaded is not None:
-            _copy_tokenizer(loaded, partial / folders.TOKENIZER)
+            loaded.copy_to(partial / folders.TOKENIZER)
         if verify:
             verify_logits(source, partial, config, loaded)
         if overwrite:
@@ -78,7 +80,7 @@ def _write_weights(source: Path, partial: Path, config: ModelConfig) -> str:
     with open_tensors(source) as files:
         maps = list(tensor_maps(config))
         for tensor_map in maps:
-            _check_rows(tensor_map, files.shape(tensor_map.theirs[0]), config)
+            _check_shapes(tensor_map, [files.shape(name) for name in tensor_map.theirs], config)
         specs = {m.layout.name: (m.layout.global_shape, files.dtype(m.theirs[0])) for m in maps}
         make = {m.layout.name: (lambda m=m: m.to_ours(files.read)) for m in maps}
         write_streaming(partial, specs, make)
@@ -98,6 +100,7 @@ def export_huggingface(
         overwrite: replace ``target``.
     """
     step = folders.resolve_checkpoint(source)
+    _refuse_overlap(source, target)
     refuse_existing(target, overwrite)
     verify_checkpoint(step, single_process_context())
     state = folders.read_state(step)
@@ -116,7 +119,7 @@ def export_huggingface(
         _write_json(partial / "config.json", to_huggingface(config, _HF_DTYPES[torch_dtype], bos, eos))
         _write_json(partial / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
         if loaded is not None:
-            _copy_tokenizer(loaded, partial)
+            loaded.copy_to(partial)
             _describe_sentencepiece(loaded, partial)
         if verify:
             verify_logits(partial, step, config, loaded, rounded=torch_dtype)
@@ -146,27 +149,27 @@ def _tokenizer_of(source: Path, override: str | None, config: ModelConfig) -> To
     return loaded
 
 
-def _check_rows(tensor_map: TensorMap, shape: tuple[int, ...], config: ModelConfig) -> None:
-    if tensor_map.entry.vocabulary and shape[0] != config.vocab_size:
+def _check_shapes(tensor_map: TensorMap, shapes: list[tuple[int, ...]], config: ModelConfig) -> None:
+    name, shape = tensor_map.theirs[0], shapes[0]
+    if tensor_map.entry.vocabulary:
+        if shape[0] != config.vocab_size:
+            raise CheckpointError(
+                f"{name} has {shape[0]} rows, config.json a vocab_size of {config.vocab_size}: the folder's files do "
+                "not belong together."
+            )
+        return
+    if sum(map(math.prod, shapes)) != math.prod(tensor_map.layout.global_shape):
         raise CheckpointError(
-            f"{tensor_map.theirs[0]} has {shape[0]} rows, config.json a vocab_size of {config.vocab_size}: "
-            "the folder's files do not belong together."
+            f"{name} has the shape {list(shape)}, which does not fit config.json: the folder's files do not belong "
+            "together."
         )
 
 
-def _copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Copies the files under the names that ``load_tokenizer`` and Hugging Face look for in a folder."""
-    folder.mkdir(exist_ok=True)
-    names = [file.name for file in tokenizer.files]
-    if names[0].endswith(".model"):
-        names[0] = "tokenizer.model"
-    elif len(names) > 1 and "tokenizer.json" not in names:
-        names[:2] = ["vocab.json", "merges.txt"]
-    elif names[0].endswith(".json"):
-        names[0] = "tokenizer.json"
-    for file, name in zip(tokenizer.files, names, strict=True):
-        if not (folder / name).exists():
-            shutil.copyfile(file, folder / name)
+def _refuse_overlap(source: Path, target: Path) -> None:
+    """Writing into what is read, or around it, would destroy it."""
+    ours, theirs = target.resolve(), source.resolve()
+    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
+        raise TargetExistsError(f"--to {target} and --from {source} lie inside each other: name another target.")
 
 
 def _describe_sentencepiece(tokenizer: Tokenizer, folder: Path) -> None:
