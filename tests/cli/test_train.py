@@ -221,7 +221,7 @@ def test_tokenizer_files_of_any_name_reach_the_exported_folder(config: Path, tmp
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
     done = python("tools/convert_checkpoint.py", "export", "--from", run, "--to", run, "--overwrite")
     assert done.returncode == 2
-    assert "lie inside each other" in done.stderr
+    assert "which is read: name another target" in done.stderr
     assert (run / "checkpoints" / "latest").exists()
     for options, message in (
         (("--prompt", "x", "--top-p", 0, "--temperature", -1), "top-p is 0.0"),

@@ -100,7 +100,7 @@ def export_huggingface(
         overwrite: replace ``target``.
     """
     step = folders.resolve_checkpoint(source)
-    _refuse_overlap(source, target)
+    _refuse_overlap(step, target)
     refuse_existing(target, overwrite)
     verify_checkpoint(step, single_process_context())
     state = folders.read_state(step)
@@ -166,10 +166,10 @@ def _check_shapes(tensor_map: TensorMap, shapes: list[tuple[int, ...]], config: 
 
 
 def _refuse_overlap(source: Path, target: Path) -> None:
-    """Writing into what is read, or around it, would destroy it."""
+    """Replacing what is read, or a folder around it, would destroy it."""
     ours, theirs = target.resolve(), source.resolve()
-    if ours == theirs or ours in theirs.parents or theirs in ours.parents:
-        raise TargetExistsError(f"--to {target} and --from {source} lie inside each other: name another target.")
+    if ours == theirs or ours in theirs.parents:
+        raise TargetExistsError(f"--to {target} holds {source}, which is read: name another target.")
 
 
 def _describe_sentencepiece(tokenizer: Tokenizer, folder: Path) -> None:
