@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 
@@ -17,6 +18,10 @@ SHARED = REPOSITORY.parent / "shared" / "data"
 SAMPLE = REPOSITORY / "examples" / "quickstart" / "sample.jsonl"
 
 sys.path.insert(0, str(REPOSITORY))
+hypothesis.settings.register_profile(  # shared machines: an example may take long for no reason of its own
+    "shared machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("shared machine")
 torch.set_num_threads(1)
 
 
