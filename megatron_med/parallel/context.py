@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_med.config import ParallelConfig
 
@@ -91,7 +92,9 @@ def start_process_group(timeout: timedelta) -> torch.device:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        await_all_ranks(dist.PrefixStore("preflight", store), rank, world_size, timeout)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     return device
@@ -125,13 +128,19 @@ def create_context(config: ParallelConfig, device: torch.device) -> ParallelCont
     )
 
 
-def await_all_ranks(timeout: timedelta) -> None:
-    """Waits for every rank before any group is made; the error names those that did not come."""
-    if dist.get_world_size() == 1:
-        return
-    control = dist.new_group(backend="gloo", timeout=timeout)
-    dist.monitored_barrier(control, timeout=timeout, wait_all_ranks=True)
-    dist.destroy_process_group(control)
+def await_all_ranks(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Waits in the rendezvous store, before any connection is made, until every rank has come.
+
+    Raises:
+        RuntimeError: names the ranks that did not come in time.
+    """
+    store.set(str(rank), "here")
+    everybody = [str(other) for other in range(world_size)]
+    try:
+        store.wait(everybody, timeout)
+    except RuntimeError as error:  # its own message is a list of keys
+        missing = [int(other) for other in everybody if not store.check([other])]
+        raise RuntimeError(f"ranks {missing} of {world_size} did not start within {timeout}") from error
 
 
 def preflight(context: ParallelContext) -> None:

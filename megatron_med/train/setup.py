@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +21,7 @@ from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, build_stage
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.collectives import broadcast_object
-from megatron_med.parallel.context import ParallelContext, await_all_ranks, create_context, preflight
+from megatron_med.parallel.context import ParallelContext, create_context, preflight
 from megatron_med.parallel.data_parallel import DataParallel
 from megatron_med.parallel.parameters import initialise
 from megatron_med.parallel.pipeline import PipelineEngine
@@ -79,7 +78,6 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     Raises:
         UserError: data, run folder or checkpoint do not fit the configuration.
     """
-    await_all_ranks(timedelta(minutes=config.train.timeout_minutes))
     context = create_context(config.parallel, device)
     preflight(context)
     _on_first_rank(context, folder.claim)

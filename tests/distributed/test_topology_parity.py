@@ -27,12 +27,12 @@ CASES: list[tuple[int, int, int, bool, str, str, list[int] | None]] = [
     (1, 1, 2, False, "none", "1f1b", None),
     (2, 2, 1, True, "none", "gpipe", [2, 3]),
     (2, 2, 1, False, "optimizer", "1f1b", None),
-    (2, 1, 2, True, "optimizer", "1f1b", None),
+    (2, 1, 2, True, "none", "1f1b", None),
     (2, 1, 2, False, "none", "gpipe", None),
     (1, 2, 2, True, "none", "1f1b", None),
     (1, 2, 2, True, "optimizer", "gpipe", None),
     (2, 2, 2, True, "optimizer", "1f1b", None),
-    (2, 2, 2, False, "none", "gpipe", [1, 4]),
+    (2, 2, 2, False, "optimizer", "gpipe", [1, 4]),
     (1, 4, 1, True, "optimizer", "1f1b", [2, 1, 1, 1]),
 ]
 
