@@ -67,6 +67,8 @@ def _generate(arguments: argparse.Namespace, context: ParallelContext) -> None:
     new = list(generator.stream(ids, arguments.max_new_tokens, sampling, arguments.seed, stop_id))
     if not context.world.is_first:
         return
+    if new and new[-1] == stop_id:
+        new.pop()  # the end of the document is no text
     if generator.tokenizer is None:
         print(" ".join(map(str, [*ids, *new])))
     else:

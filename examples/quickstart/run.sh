@@ -53,7 +53,7 @@ say "export: a Hugging Face folder, its logits compared with ours"
 python "$repository/tools/convert_checkpoint.py" export --from "$output/run" --to "$output/huggingface" --verify --overwrite
 
 say "generation"
-python "$repository/tools/generate.py" --checkpoint "$output/run" --prompt "Patients with heart failure" \
+python "$repository/tools/generate.py" --checkpoint "$output/run" --prompt "People with heart failure may notice" \
   --max-new-tokens 80 --temperature 0.7 --top-p 0.9
 
 say "done: $output/huggingface is the model, $output/run/metrics.jsonl has the curve"

@@ -42,7 +42,7 @@ def test_quickstart_runs_on_the_users_own_text(tmp_path: Path) -> None:
     assert metrics[-1]["valid_loss"] < 3.5
     assert "verified: logits" in done.stdout
     text = done.stdout.split("== generation")[1]
-    assert "Patients with heart failure" in text
+    assert "People with heart failure may notice" in text
 
     tokenizer = AutoTokenizer.from_pretrained(output / "huggingface")
     model = AutoModelForCausalLM.from_pretrained(output / "huggingface")
