@@ -104,6 +104,7 @@ def set_up(config: Config) -> tuple[Machinery, BatchLoader]:
         micro_batch_size=config.train.micro_batch_size,
         vocab_size=config.model.vocab_size,
         seed=seed,
+        isolate_documents=config.data.isolate_documents,
     )
     return machinery, loader
 

@@ -35,6 +35,8 @@ class CheckpointState:
         step: optimizer steps of the run, skipped ones included.
         consumed_samples: position in the order of samples.
         optimizer_steps: updates done; None where the checkpoint holds weights only.
+        initial_lr: peak learning rate that the run began with (decoupled_adamw divides by it).
+        loss_scaler: state of the fp16 loss scale.
         run: settings of the run, for information.
     """
 
@@ -43,6 +45,8 @@ class CheckpointState:
     step: int = 0
     consumed_samples: int = 0
     optimizer_steps: int | None = None
+    initial_lr: float | None = None
+    loss_scaler: dict[str, float] | None = None
     run: dict[str, Any] = field(default_factory=dict)
     version: int = 1
 

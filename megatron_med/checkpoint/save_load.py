@@ -39,7 +39,6 @@ def save_checkpoint(
     optimizer: Optimizer,
     context: ParallelContext,
     *,
-    sharded: bool,
     state: CheckpointState,
     tokenizer: Tokenizer | None = None,
 ) -> None:
@@ -49,7 +48,6 @@ def save_checkpoint(
         target: ``RUN/checkpoints/step-...``.
         optimizer: masters and moments.
         context: the grid.
-        sharded: whether the optimizer's slices are cut over data-parallel ranks.
         state: what ``state.json`` says.
         tokenizer: its files are copied beside the weights.
 
@@ -61,7 +59,7 @@ def save_checkpoint(
     failure = _attempt(lambda: folders.begin(target)) if is_writer else None
     _raise_together(failure, target, context)
     try:
-        dcp.save(optimizer_views(optimizer, context, sharded), storage_writer=dcp.FileSystemWriter(partial))
+        dcp.save(optimizer_views(optimizer, context), storage_writer=dcp.FileSystemWriter(partial))
         failure = None
     except (CheckpointException, OSError, RuntimeError) as error:
         failure = _first_cause(error)
@@ -91,11 +89,9 @@ def verify_checkpoint(folder: Path, context: ParallelContext) -> None:
         raise folders.damage_error(folder, found)
 
 
-def load_optimizer(
-    folder: Path, optimizer: Optimizer, context: ParallelContext, *, sharded: bool, moments: bool
-) -> None:
+def load_optimizer(folder: Path, optimizer: Optimizer, context: ParallelContext, *, moments: bool) -> None:
     """Fills masters, and moments where asked, of any topology; the caller publishes them to the model."""
-    entries = optimizer_views(optimizer, context, sharded, moments)
+    entries = optimizer_views(optimizer, context, moments)
     _load(entries, folder)
 
 

@@ -47,9 +47,7 @@ def weight_views(module: nn.Module, context: ParallelContext) -> dict[str, Tenso
     return {layout.name: views.of_piece(parameter, layout) for layout, parameter in parameters_with_layout(module)}
 
 
-def optimizer_views(
-    optimizer: Optimizer, context: ParallelContext, sharded: bool, moments: bool = True
-) -> dict[str, Tensor]:
+def optimizer_views(optimizer: Optimizer, context: ParallelContext, moments: bool = True) -> dict[str, Tensor]:
     """fp32 master weights by canonical name, and AdamW's moments as ``optimizer.<moment>.<name>``.
 
     Empty slices (a dimension shorter than the ranks) are left out.
@@ -59,8 +57,8 @@ def optimizer_views(
     for item in optimizer.owned:
         if item.master.numel() == 0:
             continue
-        entries[item.layout.name] = views.of_slice(item.master, item.layout, sharded)
+        entries[item.layout.name] = views.of_slice(item.master, item.layout, optimizer.cuts_slices)
         for moment in MOMENTS if moments else ():
             name = f"optimizer.{moment}.{item.layout.name}"
-            entries[name] = views.of_slice(optimizer.moment(item, moment), item.layout, sharded)
+            entries[name] = views.of_slice(optimizer.moment(item, moment), item.layout, optimizer.cuts_slices)
     return entries

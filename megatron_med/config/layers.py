@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from megatron_med.config.schema import ModelConfig
 
 
@@ -36,8 +38,38 @@ def split_layers(model: ModelConfig, stages: int) -> list[int]:
     return counts
 
 
-def stage_layers(model: ModelConfig, stages: int, layers_per_stage: list[int] | None) -> list[range]:
-    """Global layer indices of each stage, first to last."""
-    counts = layers_per_stage or split_layers(model, stages)
-    starts = [sum(counts[:stage]) for stage in range(stages)]
-    return [range(start, start + count) for start, count in zip(starts, counts, strict=True)]
+@dataclass(frozen=True)
+class Chunk:
+    """A run of layers that is computed without leaving a stage.
+
+    Attributes:
+        layers: global indices.
+        is_first, is_last: whether it begins with the embedding and ends with the head.
+    """
+
+    layers: range
+    is_first: bool = True
+    is_last: bool = True
+
+
+def cut_into_chunks(
+    model: ModelConfig, stages: int, virtual_stages: int = 1, layers_per_stage: list[int] | None = None
+) -> list[list[Chunk]]:
+    """The chunks of each stage. Chunk c of stage s is virtual stage ``c * stages + s`` of the model.
+
+    Args:
+        model: to be cut.
+        stages: pipeline ranks.
+        virtual_stages: chunks of each.
+        layers_per_stage: layers of each virtual stage in the order of the model; None: by cost.
+    """
+    total = stages * virtual_stages
+    counts = layers_per_stage or split_layers(model, total)
+    assert len(counts) == total, f"{len(counts)} numbers of layers for {total} chunks: validate() missed it"
+    assert sum(counts) == model.num_layers, f"{sum(counts)} of {model.num_layers} layers: validate() missed it"
+    starts = [sum(counts[:place]) for place in range(total)]
+    chunks = [
+        Chunk(range(start, start + count), place == 0, place == total - 1)
+        for place, (start, count) in enumerate(zip(starts, counts, strict=True))
+    ]
+    return [chunks[stage::stages] for stage in range(stages)]

@@ -88,6 +88,20 @@ class ModelConfig:
 
 
 @dataclass
+class OverlapConfig:
+    """Communication that runs beside computation. All on; turning one off is for measuring."""
+
+    gradient_reduce: bool = True
+    """Reduce gradient buckets under the last backward pass."""
+    weight_gather: bool = True
+    """Gather updated weights under the next forward pass."""
+    tensor: bool = True
+    """Gather and reduce-scatter the sequence beside the products of the backward pass."""
+    pipeline: bool = True
+    """Send and receive between stages beside computation."""
+
+
+@dataclass
 class ParallelConfig:
     """How the model is cut over the ranks. The data-parallel size is what remains of the world size."""
 
@@ -96,7 +110,7 @@ class ParallelConfig:
     pipeline: int = 1
     """Pipeline stages: layers are cut over them."""
     virtual_stages: int = 1
-    """Chunks of layers per stage (interleaved schedule)."""
+    """Chunks of layers per stage: 2 or more with the interleaved schedule, else 1."""
     context: int = 1
     """Context-parallel ranks."""
     sharding: Literal["none", "optimizer", "full"] = "optimizer"
@@ -108,7 +122,10 @@ class ParallelConfig:
     schedule: Literal["gpipe", "1f1b", "interleaved", "zero_bubble"] = "1f1b"
     """Order of forward and backward passes over the stages."""
     layers_per_stage: list[int] | None = None
-    """Layers of each stage, first to last. null: cut by cost, embedding and head weighing in."""
+    """Layers of each stage, first to last (with virtual stages: of each chunk, in the order of the model). null: cut by
+    cost, embedding and head weighing in."""
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    """Communication beside computation."""
 
 
 @dataclass
@@ -136,15 +153,29 @@ class DataConfig:
     cache_dir: str | None = None
     """Where sample indices are cached. null: MEGATRON_MED_CACHE, or ~/.cache/megatron_med."""
     isolate_documents: bool = False
-    """false: attention may cross the borders of documents packed into one sample."""
+    """true: documents packed into one sample do not see each other, positions restart with each, and no token has to
+    foretell the next document's first. false: attention may cross their borders."""
+
+
+@dataclass
+class ParameterGroupConfig:
+    """Own hyperparameters for some parameters."""
+
+    match: str
+    """Pattern of canonical names, as of files: embedding.*, layers.*.attention.*, *.bias."""
+    lr_scale: float = 1.0
+    """Factor of the learning rate."""
+    weight_decay: float | None = None
+    """Instead of optimizer.weight_decay. null: as without the group."""
 
 
 @dataclass
 class OptimizerConfig:
     """AdamW (Loshchilov and Hutter 2019), weight decay not on norms and biases."""
 
-    name: Literal["adamw"] = "adamw"
-    """adamw: decoupled weight decay."""
+    name: Literal["adamw", "decoupled_adamw"] = "adamw"
+    """adamw: each step multiplies the weights by 1 - lr x weight_decay. decoupled_adamw: by
+    1 - weight_decay x lr / peak lr, which does not shrink with the learning rate's size (BioMedLM: 1.6e-5)."""
     lr: float = 3.0e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -152,9 +183,17 @@ class OptimizerConfig:
     eps: float = 1.0e-8
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
-    """Each step multiplies the weights by 1 - lr x weight_decay."""
+    """Strength of the decay, in the terms of the optimizer's name. Norms and biases have none."""
     clip_grad: float = 1.0
     """Largest global gradient norm. 0: no clipping."""
+    groups: list[ParameterGroupConfig] = field(default_factory=list)
+    """Parameters with hyperparameters of their own; the first group that matches a name counts."""
+    initial_loss_scale: float = 65536.0
+    """fp16: factor of the loss in the backward pass at the start. It halves when gradients overflow."""
+    loss_scale_window: int = 1000
+    """fp16: steps without overflow after which the loss scale doubles."""
+    min_loss_scale: float = 1.0
+    """fp16: the loss scale never goes below."""
 
 
 @dataclass
@@ -209,8 +248,8 @@ class CheckpointConfig:
     """Checkpoint that a fresh run starts from."""
     load_state: Literal["weights", "all"] = "weights"
     """weights: start at step 0. all: optimizer and position too."""
-    asynchronous: bool = False
-    """Write while training goes on."""
+    asynchronous: bool = True
+    """Write while training goes on; it stops only for the copy in memory."""
 
 
 @dataclass
@@ -248,4 +287,7 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the model; gradients are summed, and master weights kept, in fp32."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activations that are computed again in the backward pass."""
+    """Activations that are computed again in the backward pass. selective: inside attention, where the probabilities
+    would be kept (a fused kernel never keeps them). full: whole layers."""
+    recompute_interval: int = 1
+    """recompute full: every n-th layer is computed again, the others are kept."""

@@ -18,7 +18,9 @@ def validate(config: Config, world_size: int) -> list[str]:
         *_model(config.model),
         *_tensor_cut(config.model, config.parallel),
         *_pipeline_cut(config.model, config.parallel),
+        *_schedule(config.parallel),
         *_batch(config, world_size),
+        *_sharding(config, world_size),
         *_numbers(config),
     ]
 
@@ -52,6 +54,8 @@ def _positive(config: Config) -> Iterator[str]:
         "train.global_batch_size": train.global_batch_size,
         "train.valid_samples": train.valid_samples,
         "train.max_skipped_steps": train.max_skipped_steps,
+        "recompute_interval": config.recompute_interval,
+        "optimizer.loss_scale_window": config.optimizer.loss_scale_window,
         "logging.interval": config.logging.interval,
     }
     for name, value in values.items():
@@ -60,29 +64,8 @@ def _positive(config: Config) -> Iterator[str]:
 
 
 def _not_yet(config: Config) -> Iterator[str]:
-    parallel = config.parallel
-    refused = {
-        "parallel.schedule": (parallel.schedule, parallel.schedule in ("gpipe", "1f1b"), "gpipe or 1f1b"),
-        "parallel.sharding": (parallel.sharding, parallel.sharding != "full", "none or optimizer"),
-        "parallel.virtual_stages": (parallel.virtual_stages, parallel.virtual_stages <= 1, "1"),
-        "parallel.context": (parallel.context, parallel.context <= 1, "1"),
-        "parallel.replicate": (parallel.replicate, parallel.replicate <= 1, "1"),
-        "precision": (config.precision, config.precision != "fp16", "bf16 or fp32"),
-        "recompute": (config.recompute, config.recompute == "none", "none"),
-        "checkpoint.asynchronous": (
-            config.checkpoint.asynchronous,
-            not config.checkpoint.asynchronous,
-            "false",
-        ),
-        "data.isolate_documents": (
-            config.data.isolate_documents,
-            not config.data.isolate_documents,
-            "false",
-        ),
-    }
-    for name, (value, supported, choice) in refused.items():
-        if not supported:
-            yield f"{name} is {value}: not yet supported. Set it to {choice}."
+    if config.parallel.context > 1:
+        yield f"parallel.context is {config.parallel.context}: not yet supported. Set it to 1."
 
 
 def _model(model: ModelConfig) -> Iterator[str]:
@@ -139,19 +122,68 @@ def _tensor_cut(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
 
 
 def _pipeline_cut(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
-    if parallel.pipeline > model.num_layers:
+    chunks = parallel.pipeline * parallel.virtual_stages
+    product = "parallel.pipeline" if parallel.virtual_stages == 1 else "parallel.pipeline x parallel.virtual_stages"
+    if chunks > model.num_layers:
         yield (
-            f"parallel.pipeline is {parallel.pipeline} and model.num_layers {model.num_layers}: every stage "
-            f"needs a layer. Use at most {model.num_layers} stages."
+            f"{product} is {chunks} and model.num_layers {model.num_layers}: every stage needs a layer. "
+            f"Use at most {model.num_layers} stages."
         )
     counts = parallel.layers_per_stage
     if counts is None:
         return
-    if len(counts) != parallel.pipeline or sum(counts) != model.num_layers or min(counts, default=0) < 1:
+    if len(counts) != chunks or sum(counts) != model.num_layers or min(counts, default=0) < 1:
         yield (
-            f"parallel.layers_per_stage is {counts}: it needs {parallel.pipeline} numbers of at least 1 "
-            f"(parallel.pipeline) that add up to {model.num_layers} (model.num_layers). "
+            f"parallel.layers_per_stage is {counts}: it needs {chunks} numbers of at least 1 "
+            f"({product}) that add up to {model.num_layers} (model.num_layers). "
             "Leave it out to have the layers split by cost."
+        )
+
+
+def _schedule(parallel: ParallelConfig) -> Iterator[str]:
+    virtual, name = parallel.virtual_stages, parallel.schedule
+    if name == "interleaved" and (virtual < 2 or parallel.pipeline < 2):
+        yield (
+            f"parallel.schedule is interleaved with parallel.virtual_stages = {virtual} and parallel.pipeline = "
+            f"{parallel.pipeline}: it needs 2 or more of both. Set them, or take 1f1b."
+        )
+    elif virtual > 1 and (name != "gpipe" or parallel.pipeline < 2):
+        yield (
+            f"parallel.virtual_stages is {virtual} with parallel.schedule {name} and parallel.pipeline = "
+            f"{parallel.pipeline}: several chunks of layers a stage need interleaved (or gpipe) and 2 or more stages. "
+            "Set virtual_stages to 1, or the schedule to interleaved."
+        )
+
+
+def _sharding(config: Config, world_size: int) -> Iterator[str]:
+    parallel, model = config.parallel, config.model
+    if parallel.replicate > 1 and parallel.sharding == "none":
+        yield (
+            f"parallel.replicate is {parallel.replicate}: with parallel.sharding none every data-parallel rank is a "
+            "replica already. Set replicate to 1, or sharding to optimizer or full."
+        )
+    unit = parallel.tensor * parallel.pipeline * parallel.context
+    dp = world_size // unit
+    if world_size % unit == 0 and dp % parallel.replicate:
+        divisors = [size for size in range(1, dp + 1) if dp % size == 0]
+        yield (
+            f"parallel.replicate is {parallel.replicate}: it must divide the data-parallel size {dp}. "
+            f"These would: {', '.join(map(str, divisors))}."
+        )
+        return
+    if parallel.sharding != "full" or world_size % unit:
+        return
+    if parallel.schedule == "zero_bubble":
+        yield (
+            "parallel.schedule is zero_bubble with parallel.sharding full: FSDP2 reduces gradients when a whole "
+            "backward pass ends, so they cannot be split. Take 1f1b or interleaved, or sharding optimizer."
+        )
+    shards = dp // parallel.replicate
+    width = model.ffn_hidden_size // parallel.tensor
+    if model.family == "llama" and width % shards:
+        yield (
+            f"parallel.sharding is full over {shards} ranks: they must divide model.ffn_hidden_size / "
+            f"parallel.tensor = {width}. Change parallel.replicate or parallel.tensor, or take sharding optimizer."
         )
 
 
@@ -215,6 +247,8 @@ def _numbers(config: Config) -> Iterator[str]:
         "optimizer.eps": optimizer.eps,
         "optimizer.weight_decay": optimizer.weight_decay,
         "optimizer.clip_grad": optimizer.clip_grad,
+        "optimizer.initial_loss_scale": optimizer.initial_loss_scale,
+        "optimizer.min_loss_scale": optimizer.min_loss_scale,
         "train.valid_interval": train.valid_interval,
         "checkpoint.interval": config.checkpoint.interval,
         "checkpoint.keep": config.checkpoint.keep,
@@ -222,6 +256,24 @@ def _numbers(config: Config) -> Iterator[str]:
     for name, value in limits.items():
         if not 0 <= value < math.inf:
             yield f"{name} is {value}: it must be a number of at least 0."
+    for group in optimizer.groups:
+        if not 0 < group.lr_scale < math.inf or (group.weight_decay is not None and group.weight_decay < 0):
+            yield (
+                f"optimizer.groups: {group.match} has lr_scale {group.lr_scale} and weight_decay "
+                f"{group.weight_decay}. The first must be above 0, the second at least 0 or null."
+            )
+    if optimizer.name == "decoupled_adamw" and optimizer.lr == 0:
+        yield "optimizer.lr is 0: decoupled_adamw divides by it. Set a learning rate above 0."
+    if config.precision == "fp16" and not 0 < optimizer.min_loss_scale <= optimizer.initial_loss_scale:
+        yield (
+            f"optimizer.min_loss_scale is {optimizer.min_loss_scale}: it must be above 0 and at most "
+            f"optimizer.initial_loss_scale = {optimizer.initial_loss_scale}."
+        )
+    if config.recompute_interval > 1 and config.recompute != "full":
+        yield (
+            f"recompute_interval is {config.recompute_interval} and recompute {config.recompute}: only full counts "
+            "layers. Set recompute to full, or the interval to 1."
+        )
     if train.valid_interval and not config.data.valid:
         yield (
             f"train.valid_interval is {train.valid_interval} but data.valid is empty: name a validation corpus, "

@@ -48,8 +48,12 @@ class BlendedDataset:
 
     def sample(self, index: int) -> npt.NDArray[np.int64]:
         """Sample ``index``: ``[sequence_length + 1]`` ids."""
+        return np.concatenate(self.pieces(index)).astype(np.int64)
+
+    def pieces(self, index: int) -> list[npt.NDArray[np.integer]]:
+        """The documents, or parts of documents, that sample ``index`` is packed from."""
         corpus, number = self.locate(index)
-        return self._corpora[corpus].sample(number)
+        return self._corpora[corpus].pieces(number)
 
     def source(self, index: int) -> Path:
         """Prefix of the files that sample ``index`` comes from."""

@@ -52,18 +52,22 @@ class PackedDataset:
 
     def sample(self, index: int) -> npt.NDArray[np.int64]:
         """Sample ``index``, counted on over all epochs: ``[sequence_length + 1]``."""
+        return np.concatenate(self.pieces(index)).astype(np.int64)
+
+    def pieces(self, index: int) -> list[npt.NDArray[np.integer]]:
+        """The documents, or parts of documents, that a sample is packed from."""
         epoch, place = divmod(index, self.samples_per_epoch)
         arrays = self._order(epoch)
         documents, samples = arrays["documents"], arrays["samples"]
         which = int(arrays["shuffle"][place])
         (first, first_offset), (last, last_offset) = samples[which].tolist(), samples[which + 1].tolist()
         if first == last:
-            tokens = self.data.read(int(documents[first]), first_offset, last_offset - first_offset + 1)
-            return tokens.astype(np.int64)
-        pieces = [self.data.read(int(documents[first]), first_offset)]
-        pieces += [self.data.read(int(documents[place])) for place in range(first + 1, last)]
-        pieces.append(self.data.read(int(documents[last]), 0, last_offset + 1))
-        return np.concatenate(pieces).astype(np.int64)
+            return [self.data.read(int(documents[first]), first_offset, last_offset - first_offset + 1)]
+        return [
+            self.data.read(int(documents[first]), first_offset),
+            *(self.data.read(int(documents[place])) for place in range(first + 1, last)),
+            self.data.read(int(documents[last]), 0, last_offset + 1),
+        ]
 
     def _order(self, epoch: int) -> Arrays:
         if epoch not in self._epochs:

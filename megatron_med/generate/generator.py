@@ -94,9 +94,11 @@ class Generator:
         positions = torch.arange(position, position + tokens.shape[1], device=tokens.device).expand_as(tokens)
         batch = MicroBatch(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32), positions)
         context = self._context
-        received = None if context.is_first_stage else self._link.receive_forward(self._stage.hidden_shape(batch))
+        received = None
+        if not context.pp.is_first:
+            received = self._link.receive_forward(self._stage.hidden_shape(batch)).wait()
         out = self._stage(received, batch, cache)
-        if context.is_last_stage:
+        if context.pp.is_last:
             return gather_last_dim(out, context.tp)[..., : self.config.vocab_size].float()
         self._link.send_forward(out)
         self._link.drain()

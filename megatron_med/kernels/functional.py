@@ -8,11 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x [..., in] @ weight[out, in].T + bias[out]``: the local product of every parallel linear layer."""
-    return F.linear(x, weight, bias)
+from torch.nn.attention import SDPBackend
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -71,7 +67,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, dropout: float = 0.0, seed: int | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    causal: bool,
+    allowed: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: int | None = None,
 ) -> Tensor:
     """softmax(q k^T / sqrt(head_dim)) v through ``scaled_dot_product_attention``.
 
@@ -79,6 +82,7 @@ def attention(
         query: ``[seq, batch, heads, head_dim]``.
         key, value: ``[keys, batch, groups, head_dim]``; each group serves heads / groups query heads.
         causal: a query sees keys up to its own position; False: all of them.
+        allowed: ``[batch, 1, seq, keys]`` bool, the keys that each query sees; it replaces ``causal``.
         dropout: probability of dropping an attention weight.
         seed: seeds the mask. The operation has no generator argument, so the device's own is seeded; nothing
             else draws from that one.
@@ -86,10 +90,31 @@ def attention(
     Returns:
         ``[seq, batch, heads * head_dim]``.
     """
-    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+    q, k, v = _heads_first(query, key, value)
     if dropout and seed is not None:
         torch.manual_seed(seed)
     out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=causal, dropout_p=dropout, enable_gqa=query.shape[2] != key.shape[2]
+        q,
+        k,
+        v,
+        attn_mask=allowed,
+        is_causal=causal and allowed is None,
+        dropout_p=dropout,
+        enable_gqa=query.shape[2] != key.shape[2],
     )
     return out.permute(2, 0, 1, 3).flatten(2)
+
+
+def attention_is_fused(
+    query: Tensor, key: Tensor, value: Tensor, *, allowed: Tensor | None = None, dropout: float = 0.0
+) -> bool:
+    """Whether ``attention`` runs a kernel that never stores its ``[heads, seq, keys]`` probabilities."""
+    q, k, v = _heads_first(query, key, value)
+    grouped = query.shape[2] != key.shape[2]
+    choice = torch._fused_sdp_choice(q, k, v, allowed, dropout, allowed is None, enable_gqa=grouped)
+    return choice != SDPBackend.MATH.value
+
+
+def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """``[seq, batch, heads, head_dim]`` -> ``[batch, heads, seq, head_dim]``."""
+    return tuple(tensor.permute(1, 2, 0, 3) for tensor in tensors)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from megatron_med.config import ModelConfig
 from megatron_med.kernels import functional as kernels
+from megatron_med.model.batch import MicroBatch
 from megatron_med.model.cache import KeyValueCache
+from megatron_med.model.recompute import KEEP_ALL, Recompute, recomputed
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_med.parallel.random import DropoutRegion
@@ -34,9 +37,17 @@ class Attention(nn.Module):
     """``[seq(/tp), batch, hidden]`` -> the same shape (Vaswani et al. 2017; groups: Ainslie et al. 2023)."""
 
     def __init__(
-        self, layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, *, bias: bool
+        self,
+        layer: int,
+        config: ModelConfig,
+        context: ParallelContext,
+        dtype: torch.dtype,
+        recompute: Recompute = KEEP_ALL,
+        *,
+        bias: bool,
     ) -> None:
         super().__init__()
+        self.recompute = recompute
         self.layer = layer
         self.queries = config.queries_per_group
         self.head_dim = config.head_dim
@@ -65,34 +76,40 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        dropout_key: str,
-        rotary: tuple[Tensor, Tensor] | None = None,
+        batch: MicroBatch,
         cache: KeyValueCache | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """
         Args:
             x: ``[seq(/tp), batch, hidden]``.
-            dropout_key: names the micro-batch.
-            rotary: cos and sin, ``[seq, batch, 1, head_dim]``.
+            batch: the micro-batch.
             cache: keys and values of earlier tokens; the new ones are added.
+            rotary: cos and sin, ``[seq, batch, 1, head_dim]``.
         """
         mixed = self.qkv(x)  # [seq, batch, groups/tp * (queries + 2) * head_dim]
-        seq, batch = mixed.shape[:2]
-        mixed = mixed.view(seq, batch, -1, self.queries + 2, self.head_dim)
-        query = mixed[..., : self.queries, :].reshape(seq, batch, -1, self.head_dim)
+        seq, samples = mixed.shape[:2]
+        mixed = mixed.view(seq, samples, -1, self.queries + 2, self.head_dim)
+        query = mixed[..., : self.queries, :].reshape(seq, samples, -1, self.head_dim)
         key, value = mixed[..., self.queries, :], mixed[..., self.queries + 1, :]
         if rotary is not None:
             query, key = kernels.rotate(query, *rotary), kernels.rotate(key, *rotary)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
             assert seq in (1, key.shape[0]), "after the prompt, tokens come one at a time"
+        return self.output(self._core(query, key, value, batch))
+
+    def _core(self, query: Tensor, key: Tensor, value: Tensor, batch: MicroBatch) -> Tensor:
+        """``[seq, batch, heads, head_dim]`` and keys and values of the groups -> ``[seq, batch, heads * head_dim]``."""
         probability = self.dropout.probability if self.training else 0.0
-        out = kernels.attention(
-            query,
-            key,
-            value,
-            causal=seq > 1,
+        core = partial(
+            kernels.attention,
+            causal=query.shape[0] > 1,
+            allowed=batch.allowed,
             dropout=probability,
-            seed=self.dropout.seed(dropout_key) if probability else None,
+            seed=self.dropout.seed(batch.dropout_key) if probability else None,
         )
-        return self.output(out)
+        again = self.training and self.recompute.attention_core
+        if again and not kernels.attention_is_fused(query, key, value, allowed=batch.allowed, dropout=probability):
+            return recomputed(core, query, key, value)
+        return core(query, key, value)

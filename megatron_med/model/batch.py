@@ -15,8 +15,10 @@ class MicroBatch:
         tokens: ``[batch, seq]`` int64.
         labels: ``[batch, seq]`` int64, the next token at each place.
         loss_mask: ``[batch, seq]`` fp32, 1 where the loss counts.
-        positions: ``[batch, seq]`` int64.
+        positions: ``[batch, seq]`` int64; they restart with each document where documents are kept apart.
         dropout_key: names this micro-batch for the dropout masks: seed, step and global index.
+        allowed: ``[batch, 1, seq, seq]`` bool, keys that a query may see where documents are kept apart; None:
+            all up to its own position.
     """
 
     tokens: Tensor
@@ -24,3 +26,4 @@ class MicroBatch:
     loss_mask: Tensor
     positions: Tensor
     dropout_key: str = ""
+    allowed: Tensor | None = None

@@ -1,13 +1,15 @@
-"""Makes this rank's stage of a model."""
+"""Makes this rank's part of a model."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
-from megatron_med.config import ModelConfig
-from megatron_med.config.layers import stage_layers
+from megatron_med.config import ModelConfig, ParallelConfig
+from megatron_med.config.layers import cut_into_chunks
 from megatron_med.model.gpt2 import GPT2
 from megatron_med.model.llama import Llama
+from megatron_med.model.recompute import KEEP_ALL, Recompute
 from megatron_med.model.transformer import Transformer
 from megatron_med.parallel.context import ParallelContext
 
@@ -23,6 +25,19 @@ def build_stage(
     dtype: torch.dtype,
     layers_per_stage: list[int] | None = None,
 ) -> Transformer:
-    """This rank's stage, its weights not yet initialised."""
-    layers = stage_layers(config, context.pp.size, layers_per_stage)[context.pp.rank]
-    return FAMILIES[config.family](config, context, layers, dtype)
+    """This rank's stage as one chunk, its weights not yet initialised."""
+    (chunk,) = cut_into_chunks(config, context.pp.size, 1, layers_per_stage)[context.pp.rank]
+    return FAMILIES[config.family](config, context, chunk, dtype)
+
+
+def build_chunks(
+    config: ModelConfig,
+    context: ParallelContext,
+    dtype: torch.dtype,
+    parallel: ParallelConfig,
+    recompute: Recompute = KEEP_ALL,
+) -> nn.ModuleList:
+    """This rank's chunks, first to last, their weights not yet initialised."""
+    cuts = cut_into_chunks(config, context.pp.size, parallel.virtual_stages, parallel.layers_per_stage)
+    family = FAMILIES[config.family]
+    return nn.ModuleList(family(config, context, chunk, dtype, recompute) for chunk in cuts[context.pp.rank])

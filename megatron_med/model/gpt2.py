@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_med.config import ModelConfig
+from megatron_med.config.layers import Chunk
 from megatron_med.model.attention import Attention
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.cache import KeyValueCache
 from megatron_med.model.mlp import MLP
 from megatron_med.model.norm import LayerNorm
+from megatron_med.model.recompute import KEEP_ALL, Recompute
 from megatron_med.model.transformer import Transformer
 from megatron_med.parallel.collectives import split_first_dim
 from megatron_med.parallel.context import ParallelContext
@@ -29,11 +29,13 @@ def _sequence_shard(context: ParallelContext) -> int:
 class GPT2Layer(nn.Module):
     """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x)))."""
 
-    def __init__(self, layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, recompute: Recompute
+    ) -> None:
         super().__init__()
         name = f"layers.{layer}"
         self.attention_norm = LayerNorm(f"{name}.attention_norm", config, context, dtype)
-        self.attention = Attention(layer, config, context, dtype, bias=True)
+        self.attention = Attention(layer, config, context, dtype, recompute, bias=True)
         self.mlp_norm = LayerNorm(f"{name}.mlp_norm", config, context, dtype)
         self.mlp = MLP(layer, config, context, dtype)
         shard = _sequence_shard(context)
@@ -42,19 +44,24 @@ class GPT2Layer(nn.Module):
 
     def forward(self, x: Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> Tensor:
         key = batch.dropout_key
-        attended = self.attention(self.attention_norm(x), key, cache=cache)
+        attended = self.attention(self.attention_norm(x), batch, cache)
         x = x + self.attention_dropout(attended, key, self.training)
         return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), key, self.training)
 
 
 class GPT2(Transformer):
-    """One pipeline stage of a GPT-2 model."""
+    """One chunk of a GPT-2 model."""
 
     def __init__(
-        self, config: ModelConfig, context: ParallelContext, layers: Sequence[int], dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        context: ParallelContext,
+        chunk: Chunk,
+        dtype: torch.dtype,
+        recompute: Recompute = KEEP_ALL,
     ) -> None:
-        super().__init__(config, context, layers, dtype)
-        if context.is_first_stage:
+        super().__init__(config, context, chunk, dtype, recompute)
+        if chunk.is_first:
             layout = ParameterLayout(
                 "embedding.position.weight",
                 (config.max_position_embeddings, config.hidden_size),
@@ -66,20 +73,15 @@ class GPT2(Transformer):
         self.embedding_dropout = DropoutRegion(config.embedding_dropout, "embedding", shard)
 
     def make_layer(self, layer: int, dtype: torch.dtype) -> nn.Module:
-        return GPT2Layer(layer, self.config, self.context, dtype)
+        return GPT2Layer(layer, self.config, self.context, dtype, self.recompute)
 
     def make_norm(self, name: str, dtype: torch.dtype) -> nn.Module:
         return LayerNorm(name, self.config, self.context, dtype)
 
     def embed(self, batch: MicroBatch) -> Tensor:
-        assert self.word_embedding is not None, "only the first stage embeds"
+        assert self.word_embedding is not None, "only the first chunk embeds"
         positions = batch.positions.t()
         if self.context.sequence_parallel:
             positions = split_first_dim(positions, self.context.tp)
         hidden = self.word_embedding(batch.tokens) + F.embedding(positions, self.position_embedding)
         return self.embedding_dropout(hidden, batch.dropout_key, self.training)
-
-    def run_layers(self, hidden: Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> Tensor:
-        for layer in self.layers:
-            hidden = layer(hidden, batch, cache)
-        return hidden

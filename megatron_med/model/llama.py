@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megatron_med.config import ModelConfig
+from megatron_med.config.layers import Chunk
 from megatron_med.model.attention import Attention
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.cache import KeyValueCache
 from megatron_med.model.mlp import GatedMLP
 from megatron_med.model.norm import RMSNorm
+from megatron_med.model.recompute import KEEP_ALL, Recompute
 from megatron_med.model.rope import RotaryAngles
 from megatron_med.model.transformer import Transformer
 from megatron_med.parallel.context import ParallelContext
@@ -21,41 +23,45 @@ from megatron_med.parallel.context import ParallelContext
 class LlamaLayer(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(
+        self, layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, recompute: Recompute
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(f"layers.{layer}.attention_norm", config, context, dtype)
-        self.attention = Attention(layer, config, context, dtype, bias=False)
+        self.attention = Attention(layer, config, context, dtype, recompute, bias=False)
         self.mlp_norm = RMSNorm(f"layers.{layer}.mlp_norm", config, context, dtype)
         self.mlp = GatedMLP(layer, config, context, dtype)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], batch: MicroBatch, cache: KeyValueCache | None
+        self, x: Tensor, batch: MicroBatch, cache: KeyValueCache | None, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), batch.dropout_key, rotary, cache)
+        x = x + self.attention(self.attention_norm(x), batch, cache, rotary)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Llama(Transformer):
-    """One pipeline stage of a Llama model."""
+    """One chunk of a Llama model."""
 
     def __init__(
-        self, config: ModelConfig, context: ParallelContext, layers: Sequence[int], dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        context: ParallelContext,
+        chunk: Chunk,
+        dtype: torch.dtype,
+        recompute: Recompute = KEEP_ALL,
     ) -> None:
-        super().__init__(config, context, layers, dtype)
+        super().__init__(config, context, chunk, dtype, recompute)
         self.rotary = RotaryAngles(config, context.device, dtype)
 
     def make_layer(self, layer: int, dtype: torch.dtype) -> nn.Module:
-        return LlamaLayer(layer, self.config, self.context, dtype)
+        return LlamaLayer(layer, self.config, self.context, dtype, self.recompute)
 
     def make_norm(self, name: str, dtype: torch.dtype) -> nn.Module:
         return RMSNorm(name, self.config, self.context, dtype)
 
     def embed(self, batch: MicroBatch) -> Tensor:
-        assert self.word_embedding is not None, "only the first stage embeds"
+        assert self.word_embedding is not None, "only the first chunk embeds"
         return self.word_embedding(batch.tokens)
 
-    def run_layers(self, hidden: Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> Tensor:
-        rotary = self.rotary(batch.positions)
-        for layer in self.layers:
-            hidden = layer(hidden, rotary, batch, cache)
-        return hidden
+    def layer_inputs(self, batch: MicroBatch) -> tuple[Any, ...]:
+        return (self.rotary(batch.positions),)

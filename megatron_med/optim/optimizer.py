@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,41 +18,58 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Optimizer:
-    """torch's AdamW (Loshchilov and Hutter 2019) over fp32 master slices in two groups: with weight decay, and
-    without (norms and biases).
+    """torch's AdamW (Loshchilov and Hutter 2019) over fp32 master slices, in groups of equal hyperparameters.
+
+    ``decoupled_adamw`` decays the weights by ``weight_decay * lr / initial_lr`` a step instead of
+    ``weight_decay * lr`` (MosaicML's DecoupledAdamW, with which BioMedLM was trained).
 
     Args:
         data_parallel: owns slices, masters and reduced gradients.
         context: the grid.
         config: hyperparameters.
+
+    Attributes:
+        initial_lr: the peak learning rate that the run began with; a resumed run keeps it.
     """
 
     def __init__(self, data_parallel: DataParallel, context: ParallelContext, config: OptimizerConfig) -> None:
         self._data_parallel = data_parallel
         self._context = context
-        self._clip = config.clip_grad
+        self._config = config
+        self.initial_lr = config.lr
         self._masters = {item.layout.name: torch.nn.Parameter(item.master) for item in data_parallel.owned}
+        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
         for item in data_parallel.owned:
-            self._masters[item.layout.name].grad = item.gradient
-        groups = [
-            {"params": self._group(decay=True), "weight_decay": config.weight_decay},
-            {"params": self._group(decay=False), "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        self._adamw = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+            groups.setdefault(self._hyperparameters(item), []).append(self._masters[item.layout.name])
+        self._adamw = torch.optim.AdamW(
+            [{"params": group, "lr_scale": scale, "decay": decay} for (scale, decay), group in groups.items()],
+            lr=config.lr,
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
         for master in self._masters.values():
             state = self._adamw.state[master]
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(master)
 
-    def _group(self, decay: bool) -> list[torch.nn.Parameter]:
-        owned = self._data_parallel.owned
-        return [self._masters[item.layout.name] for item in owned if item.layout.weight_decay == decay]
+    def _hyperparameters(self, item: OwnedParameter) -> tuple[float, float]:
+        """Factor of the learning rate, and weight decay: of the first group that matches."""
+        decay = self._config.weight_decay if item.layout.weight_decay else 0.0
+        for group in self._config.groups:
+            if fnmatchcase(item.layout.name, group.match):
+                return group.lr_scale, decay if group.weight_decay is None else group.weight_decay
+        return 1.0, decay
 
     @property
     def owned(self) -> list[OwnedParameter]:
         return self._data_parallel.owned
+
+    @property
+    def cuts_slices(self) -> bool:
+        """Whether data-parallel ranks own different slices."""
+        return self._data_parallel.cuts_slices
 
     @property
     def steps(self) -> int:
@@ -77,12 +96,25 @@ class Optimizer:
         return all_reduce(square, self._context.world, dist.ReduceOp.SUM).sqrt().float()
 
     @torch.no_grad()
-    def step(self, norm: Tensor, lr: float) -> None:
-        """Clips to the largest norm, updates the masters and copies them into the model."""
-        if self._clip:
-            factor = torch.clamp(self._clip / (norm + 1e-6), max=1.0)
+    def step(self, norm: Tensor, lr: float, loss_scale: float = 1.0) -> None:
+        """Clips to the largest norm, updates the masters and begins to copy them into the model.
+
+        Args:
+            norm: of the gradients without the loss scale.
+            lr: learning rate.
+            loss_scale: that the gradients carry.
+        """
+        for item in self.owned:
+            self._masters[item.layout.name].grad = item.gradient
+        factor = torch.ones_like(norm) / loss_scale
+        if self._config.clip_grad:
+            factor = factor * torch.clamp(self._config.clip_grad / (norm + 1e-6), max=1.0)
+        if self._config.clip_grad or loss_scale != 1:
             torch._foreach_mul_([item.gradient for item in self.owned], factor)
         for group in self._adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
+            group["weight_decay"] = group["decay"]
+            if self._config.name == "decoupled_adamw":  # AdamW multiplies by 1 - lr * weight_decay
+                group["weight_decay"] /= self.initial_lr * group["lr_scale"]
         self._adamw.step()
         self._data_parallel.publish()

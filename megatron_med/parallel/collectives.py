@@ -16,47 +16,69 @@ from torch.autograd import Function
 from megatron_med.parallel.context import Axis
 
 
+class Pending:
+    """A collective under way. ``wait`` gives its result; only then may it be read."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None = None, source: Tensor | None = None) -> None:
+        self._result = result
+        self._work = work
+        self._source = source  # kept alive until the collective has read it
+
+    def is_completed(self) -> bool:
+        """Whether ``wait`` would return at once."""
+        return self._work is None or self._work.is_completed()
+
+    def wait(self) -> Tensor:
+        """The result; on a GPU the current stream waits, not the host."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = self._source = None
+        return self._result
+
+
+def start_all_reduce(tensor: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Pending:
+    """Begins to sum (or ``op``) in place over the axis."""
+    if axis.group is None:
+        return Pending(tensor)
+    return Pending(tensor, dist.all_reduce(tensor, op=op, group=axis.group, async_op=True))
+
+
+def start_all_gather(tensor: Tensor, axis: Axis) -> Pending:
+    """Begins ``[n, ...]`` on each rank -> ``[n * size, ...]``, in rank order."""
+    if axis.group is None:
+        return Pending(tensor)
+    tensor = tensor.contiguous()
+    gathered = tensor.new_empty(tensor.shape[0] * axis.size, *tensor.shape[1:])
+    return Pending(gathered, dist.all_gather_single(gathered, tensor, group=axis.group, async_op=True), tensor)
+
+
+def start_reduce_scatter(tensor: Tensor, axis: Axis) -> Pending:
+    """Begins ``[n * size, ...]`` on each rank -> this rank's ``[n, ...]`` of the sum."""
+    if axis.group is None:
+        return Pending(tensor)
+    tensor = tensor.contiguous()
+    scattered = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
+    return Pending(scattered, dist.reduce_scatter_single(scattered, tensor, group=axis.group, async_op=True), tensor)
+
+
 def all_reduce(tensor: Tensor, axis: Axis, op: Any = dist.ReduceOp.SUM) -> Tensor:
     """Sums (or ``op``) in place over the axis."""
-    if axis.group is not None:
-        dist.all_reduce(tensor, op=op, group=axis.group)
-    return tensor
+    return start_all_reduce(tensor, axis, op).wait()
 
 
 def all_gather_first_dim(tensor: Tensor, axis: Axis) -> Tensor:
     """``[n, ...]`` on each rank -> ``[n * size, ...]``, in rank order."""
-    if axis.group is None:
-        return tensor
-    gathered = tensor.new_empty(tensor.shape[0] * axis.size, *tensor.shape[1:])
-    dist.all_gather_single(gathered, tensor.contiguous(), group=axis.group)
-    return gathered
+    return start_all_gather(tensor, axis).wait()
 
 
 def reduce_scatter_first_dim(tensor: Tensor, axis: Axis) -> Tensor:
     """``[n * size, ...]`` on each rank -> this rank's ``[n, ...]`` of the sum."""
-    if axis.group is None:
-        return tensor
-    scattered = tensor.new_empty(tensor.shape[0] // axis.size, *tensor.shape[1:])
-    dist.reduce_scatter_single(scattered, tensor.contiguous(), group=axis.group)
-    return scattered
+    return start_reduce_scatter(tensor, axis).wait()
 
 
 def split_first_dim(tensor: Tensor, axis: Axis) -> Tensor:
     """This rank's ``1 / size`` of dimension 0."""
     return tensor.chunk(axis.size)[axis.rank].contiguous()
-
-
-class _CopyToTensorParallel(Function):
-    """Forward: identity. Backward: all-reduce. (Megatron's f)"""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(gradients[0].contiguous().clone(), ctx.axis), None
 
 
 class _ReduceFromTensorParallel(Function):
@@ -71,19 +93,6 @@ class _ReduceFromTensorParallel(Function):
         return gradients[0], None
 
 
-class _GatherFromSequence(Function):
-    """Forward: all-gather the sequence. Backward: reduce-scatter it."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
-        ctx.axis = axis
-        return all_gather_first_dim(tensor, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return reduce_scatter_first_dim(gradients[0], ctx.axis), None
-
-
 class _ReduceScatterToSequence(Function):
     """Forward: reduce-scatter the sequence. Backward: all-gather it."""
 
@@ -95,14 +104,6 @@ class _ReduceScatterToSequence(Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return all_gather_first_dim(gradients[0], ctx.axis), None
-
-
-def enter_tensor_parallel(tensor: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
-    """What a column-parallel product needs: the whole sequence, ``[seq, batch, hidden]``, on every rank."""
-    if axis.size == 1:
-        return tensor
-    function = _GatherFromSequence if sequence_parallel else _CopyToTensorParallel
-    return function.apply(tensor, axis)
 
 
 def leave_tensor_parallel(tensor: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:

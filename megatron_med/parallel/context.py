@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_med.config import ParallelConfig
+from megatron_med.config.schema import OverlapConfig
+from megatron_med.parallel.weight_products import WeightProducts
 
 GRID = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Mesh dimensions, outermost first: tp is innermost so that it stays inside a node."""
@@ -48,8 +50,13 @@ class ParallelContext:
             on the stages between.
         pp_backward: the same ranks as pp with a group of their own, so that gradients travelling back never
             wait behind activations travelling forward.
+        pp_wrap, pp_wrap_backward: the same again for the way from the last stage to the first one's next chunk:
+            with two stages it runs between the same two ranks in the opposite direction.
+        mesh: the same groups as a DeviceMesh; None without a process group.
         grid: all ranks as ``[pp, dp_replicate, dp_shard, cp, tp]``.
         sequence_parallel: activations between matrix products are cut along the sequence.
+        overlap: which communication runs beside computation.
+        weight_products: runs this rank's weight-gradient products, or keeps them for later.
     """
 
     device: torch.device
@@ -57,21 +64,18 @@ class ParallelContext:
     tp: Axis = Axis()
     pp: Axis = Axis()
     pp_backward: Axis = Axis()
+    pp_wrap: Axis = Axis()
+    pp_wrap_backward: Axis = Axis()
     dp: Axis = Axis()
     dp_shard: Axis = Axis()
     dp_replicate: Axis = Axis()
     cp: Axis = Axis()
     embedding: Axis = Axis()
     sequence_parallel: bool = False
+    mesh: DeviceMesh | None = None
     grid: torch.Tensor | None = None
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp.is_first
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp.is_last
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    weight_products: WeightProducts = field(default_factory=WeightProducts)
 
     @property
     def sequence_shards(self) -> int:
@@ -109,6 +113,7 @@ def create_context(config: ParallelConfig, device: torch.device) -> ParallelCont
     shape = (config.pipeline, config.replicate, dp // config.replicate, config.context, config.tensor)
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=GRID)
     axes = {name: _axis(mesh[name].get_group(), mesh[name].size()) for name in GRID}
+    wraps = config.virtual_stages > 1
     data = mesh["dp_replicate", "dp_shard", "cp"]._flatten("dp")
     world = dist.group.WORLD
     assert world is not None, "the process group is not initialised"
@@ -117,14 +122,18 @@ def create_context(config: ParallelConfig, device: torch.device) -> ParallelCont
         world=_axis(world, world_size),
         tp=axes["tp"],
         pp=axes["pp"],
-        pp_backward=_second_pipeline_axis(mesh, axes["pp"]),
+        pp_backward=_another_pipeline_axis(mesh, axes["pp"]),
+        pp_wrap=_another_pipeline_axis(mesh, axes["pp"]) if wraps else Axis(),
+        pp_wrap_backward=_another_pipeline_axis(mesh, axes["pp"]) if wraps else Axis(),
         dp=_axis(data.get_group(), data.size()),
         dp_shard=axes["dp_shard"],
         dp_replicate=axes["dp_replicate"],
         cp=axes["cp"],
         embedding=_embedding_axis(mesh, axes["pp"]),
         sequence_parallel=config.sequence_parallel and config.tensor > 1,
+        mesh=mesh,
         grid=mesh.mesh,
+        overlap=config.overlap,
     )
 
 
@@ -146,7 +155,17 @@ def await_all_ranks(store: dist.Store, rank: int, world_size: int, timeout: time
 def preflight(context: ParallelContext) -> None:
     """One small collective in every group."""
     one = torch.ones(1, device=context.device)
-    for axis in (context.tp, context.pp, context.pp_backward, context.dp, context.dp_shard, context.embedding):
+    for axis in (
+        context.tp,
+        context.pp,
+        context.pp_backward,
+        context.pp_wrap,
+        context.pp_wrap_backward,
+        context.dp,
+        context.dp_shard,
+        context.dp_replicate,
+        context.embedding,
+    ):
         if axis.group is not None:
             total = one.clone()
             dist.all_reduce(total, group=axis.group)
@@ -164,7 +183,7 @@ def _pipelines(mesh: DeviceMesh) -> list[list[int]]:
     return grid.flatten(1).t().tolist()
 
 
-def _second_pipeline_axis(mesh: DeviceMesh, pp: Axis) -> Axis:
+def _another_pipeline_axis(mesh: DeviceMesh, pp: Axis) -> Axis:
     if pp.size == 1:
         return Axis()
     group, _ = dist.new_subgroups_by_enumeration(_pipelines(mesh))

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_med.kernels import functional as kernels
-from megatron_med.parallel.collectives import enter_tensor_parallel, leave_tensor_parallel
+from megatron_med.parallel.collectives import leave_tensor_parallel
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.parameters import ParameterLayout, make_parameter
+from megatron_med.parallel.product import Entry, parallel_product
 
 
 class ColumnParallelLinear(nn.Module):
@@ -25,6 +25,7 @@ class ColumnParallelLinear(nn.Module):
         shape: global shape of the weight, ``(out, in)``, or ``(pieces, out, in)`` where several products share
             the input: then the result is ``[seq, batch, pieces * out/tp]``, piece by piece.
         parts: named parts of the weight's rows; ``bias`` has the same ones.
+        weight: another module's weight to share instead of an own one (a tied head).
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class ColumnParallelLinear(nn.Module):
         bias: bool,
         init_std: float,
         parts: Mapping[str, Tensor] | None = None,
+        weight: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.context = context
@@ -44,7 +46,7 @@ class ColumnParallelLinear(nn.Module):
         layout = ParameterLayout(
             f"{name}.weight", shape, tp_dim=tp_dim, dp_dim=tp_dim, parts=parts or {}, init_std=init_std
         )
-        self.weight = make_parameter(layout, context, dtype)
+        self.weight = make_parameter(layout, context, dtype) if weight is None else weight
         self.bias = None
         if bias:
             bias_layout = ParameterLayout(
@@ -59,9 +61,8 @@ class ColumnParallelLinear(nn.Module):
             self.bias = make_parameter(bias_layout, context, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = enter_tensor_parallel(x, self.context.tp, self.context.sequence_parallel)
-        bias = None if self.bias is None else self.bias.flatten()
-        return kernels.linear(x, self.weight.flatten(0, -2), bias)
+        entry: Entry = "gather" if self.context.sequence_parallel else "copy"
+        return parallel_product(x, self.weight, self.bias, self.context, entry)
 
 
 class RowParallelLinear(nn.Module):
@@ -86,7 +87,7 @@ class RowParallelLinear(nn.Module):
             self.bias = make_parameter(replicated_layout(f"{name}.bias", shape[:1], "zeros", context), context, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        out = kernels.linear(x, self.weight)
+        out = parallel_product(x, self.weight, None, self.context, "none")
         out = leave_tensor_parallel(out, self.context.tp, self.context.sequence_parallel)
         return out if self.bias is None else out + self.bias
 
@@ -103,10 +104,11 @@ class VocabParallelEmbedding(nn.Module):
         *,
         init_std: float,
         shared: bool,
+        uses: int = 1,
     ) -> None:
         super().__init__()
         self.context = context
-        layout = ParameterLayout(f"{name}.weight", shape, tp_dim=0, shared=shared, init_std=init_std)
+        layout = ParameterLayout(f"{name}.weight", shape, tp_dim=0, shared=shared, uses=uses, init_std=init_std)
         self.weight = make_parameter(layout, context, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:

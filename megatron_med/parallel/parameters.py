@@ -5,7 +5,7 @@ A tensor-parallel shard is always one contiguous slice of the global tensor, so 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, cast
 
@@ -28,6 +28,7 @@ class ParameterLayout:
         parts: named parts as row indices into the global tensor seen as ``[rows, columns]``.
         partial_over_tp: each tensor-parallel rank computes only a part of the gradient's sum.
         shared: the first and last stage each hold a copy (tied embeddings).
+        uses: contributions to its gradient in one backward pass; 2 where one stage holds embedding and tied head.
         trained: whether the optimizer changes it.
         weight_decay: whether weight decay applies.
         init: normal (mean 0, ``init_std``), ones or zeros.
@@ -40,6 +41,7 @@ class ParameterLayout:
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     partial_over_tp: bool = False
     shared: bool = False
+    uses: int = 1
     trained: bool = True
     weight_decay: bool = True
     init: Literal["normal", "ones", "zeros"] = "normal"
@@ -65,6 +67,24 @@ def make_parameter(layout: ParameterLayout, context: ParallelContext, dtype: tor
     parameter = nn.Parameter(local, requires_grad=layout.trained)
     parameter.parallel_layout = layout  # type: ignore[attr-defined]
     return parameter
+
+
+@dataclass(frozen=True)
+class GradientSink:
+    """Where the products of a backward pass leave a parameter's gradient, past autograd.
+
+    Attributes:
+        main_grad: fp32 sum over the micro-batches, shaped like the parameter.
+        arrived: to be called once for every contribution.
+    """
+
+    main_grad: Tensor
+    arrived: Callable[[], None]
+
+
+def gradient_sink(parameter: Tensor) -> GradientSink | None:
+    """The sink of a parameter; None where its gradient goes through autograd."""
+    return getattr(parameter, "gradient_sink", None)
 
 
 def layout_of(parameter: Tensor) -> ParameterLayout:

@@ -1,26 +1,33 @@
-"""Executes a pipeline schedule on this rank's stage."""
+"""Executes a pipeline schedule on this rank's chunks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from megatron_med.config.layers import Chunk
+from megatron_med.parallel.collectives import Pending
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.p2p import PipelineLink
-from megatron_med.parallel.schedule import Action, Forward
+from megatron_med.parallel.schedule import Action, Backward, BackwardInput, BackwardWeight, Forward
+from megatron_med.parallel.weight_products import WeightProduct
 
 BatchT = TypeVar("BatchT")
 BatchC = TypeVar("BatchC", contravariant=True)
 
 
 class Stage(Protocol[BatchC]):
-    """What the engine needs of a model."""
+    """What the engine needs of one chunk of a model."""
+
+    chunk: Chunk
 
     def __call__(self, hidden: Tensor | None, batch: BatchC, /) -> Tensor:
-        """Hidden states of the previous stage (None on the first) -> hidden states; logits on the last."""
+        """Hidden states of the previous chunk (None on the first) -> hidden states; logits on the last."""
         ...
 
     def loss(self, logits: Tensor, batch: BatchC, /) -> Tensor:
@@ -32,74 +39,127 @@ class Stage(Protocol[BatchC]):
         ...
 
 
+@dataclass
+class _Alive:
+    """A micro-batch between its forward pass and the end of its backward pass.
+
+    The output itself is not kept: once it is sent, its memory is free. Its place in the autograd graph is enough.
+    """
+
+    received: Tensor | None
+    edge: GradientEdge | None
+    loss: Tensor | None = None
+    weight_products: list[WeightProduct] = field(default_factory=list)
+
+
 class PipelineEngine(Generic[BatchT]):
     """Runs lists of actions. One engine serves every schedule; a single stage is a pipeline of one.
 
+    What the next action has to receive is asked for before the current one computes, and sends are not waited for,
+    so transfers run beside computation.
+
     Args:
-        stage: this rank's piece of the model.
+        chunks: this rank's pieces of the model, first to last.
         context: the grid.
         dtype: of the hidden states that travel.
+        before_backward: called before each whole backward pass with its chunk and whether it is that chunk's last.
     """
 
-    def __init__(self, stage: Stage[BatchT], context: ParallelContext, dtype: torch.dtype) -> None:
-        self._stage = stage
+    def __init__(
+        self,
+        chunks: Sequence[Stage[BatchT]],
+        context: ParallelContext,
+        dtype: torch.dtype,
+        before_backward: Callable[[int, bool], None] | None = None,
+    ) -> None:
+        self._chunks = chunks
         self._context = context
         self._link = PipelineLink(context, dtype)
+        self._before_backward = before_backward
 
-    def run(
-        self,
-        actions: Sequence[Action],
-        batches: Sequence[BatchT],
-        loss_scale: Tensor | None = None,
-        before_last_backward: Callable[[], None] | None = None,
-    ) -> Tensor:
+    def run(self, actions: Sequence[Action], batches: Sequence[BatchT], loss_scale: Tensor | None = None) -> Tensor:
         """Executes ``actions`` over ``batches``.
 
         Args:
             actions: this stage's list from a schedule.
             batches: the micro-batches, by index.
             loss_scale: factor of each micro-batch's loss sum in the backward pass.
-            before_last_backward: called once before the last backward pass, when gradients become final.
 
         Returns:
             Sum of the losses of all micro-batches, fp32; zero on all stages but the last.
         """
         total = torch.zeros((), dtype=torch.float32, device=self._context.device)
-        live: dict[int, tuple[Tensor | None, Tensor]] = {}
-        backwards_left = sum(not isinstance(action, Forward) for action in actions)
-        for action in actions:
-            index = action.micro_batch
+        alive: dict[tuple[int, int], _Alive] = {}
+        trains = any(not isinstance(action, Forward) for action in actions)
+        backwards_left = [
+            sum(isinstance(action, (Backward, BackwardInput)) and action.chunk == chunk for action in actions)
+            for chunk in range(len(self._chunks))
+        ]
+        arriving = self._ask(actions[0], batches)
+        for place, action in enumerate(actions):
+            here, arriving = arriving, None
+            if self._context.overlap.pipeline and place + 1 < len(actions):
+                arriving = self._ask(actions[place + 1], batches)
+            key = action.micro_batch, action.chunk
             if isinstance(action, Forward):
-                received, out = self._forward(batches[index])
-                if self._context.is_last_stage:
-                    total += out.detach()
-                if backwards_left:
-                    live[index] = received, out
+                item = self._forward(action, batches[action.micro_batch], here)
+                if item.loss is not None:
+                    total += item.loss.detach()
+                if trains:
+                    alive[key] = item
+            elif isinstance(action, BackwardWeight):
+                self._weight_products(alive.pop(key))
             else:
-                backwards_left -= 1
-                if backwards_left == 0 and before_last_backward is not None:
-                    before_last_backward()
-                self._backward(*live.pop(index), loss_scale)
+                backwards_left[action.chunk] -= 1
+                if self._before_backward is not None:
+                    self._before_backward(action.chunk, backwards_left[action.chunk] == 0)
+                self._backward(action, alive[key], here, loss_scale)
+                if isinstance(action, Backward):
+                    del alive[key]
+            if not self._context.overlap.pipeline and place + 1 < len(actions):
+                arriving = self._ask(actions[place + 1], batches)
         self._link.drain()
         return total
 
-    def _forward(self, batch: BatchT) -> tuple[Tensor | None, Tensor]:
-        received = None
-        if not self._context.is_first_stage:
-            received = self._link.receive_forward(self._stage.hidden_shape(batch))
-            received.requires_grad_(torch.is_grad_enabled())
-        out = self._stage(received, batch)
-        if self._context.is_last_stage:
-            return received, self._stage.loss(out, batch)
-        self._link.send_forward(out)
-        return received, out
+    def _ask(self, action: Action, batches: Sequence[BatchT]) -> Pending | None:
+        """Begins to receive what an action needs of a neighbour."""
+        stage = self._chunks[action.chunk]
+        if isinstance(action, Forward):
+            return None if stage.chunk.is_first else self._link.receive_forward(self._shape(action, batches))
+        if isinstance(action, BackwardWeight) or stage.chunk.is_last:
+            return None
+        return self._link.receive_backward(self._shape(action, batches))
 
-    def _backward(self, received: Tensor | None, out: Tensor, loss_scale: Tensor | None) -> None:
-        if self._context.is_last_stage:
-            gradient = None if loss_scale is None else loss_scale.to(out.dtype)
+    def _shape(self, action: Action, batches: Sequence[BatchT]) -> tuple[int, ...]:
+        return self._chunks[action.chunk].hidden_shape(batches[action.micro_batch])
+
+    def _forward(self, action: Forward, batch: BatchT, arriving: Pending | None) -> _Alive:
+        stage = self._chunks[action.chunk]
+        received = None
+        if arriving is not None:
+            received = arriving.wait().requires_grad_(torch.is_grad_enabled())
+        out = stage(received, batch)
+        if stage.chunk.is_last:
+            return _Alive(received, None, stage.loss(out, batch))
+        self._link.send_forward(out)
+        return _Alive(received, get_gradient_edge(out) if out.requires_grad else None)
+
+    @torch.no_grad()
+    def _weight_products(self, item: _Alive) -> None:
+        for product in item.weight_products:
+            product()
+
+    def _backward(self, action: Action, item: _Alive, arriving: Pending | None, loss_scale: Tensor | None) -> None:
+        output = item.loss if item.loss is not None else item.edge
+        assert output is not None, "a backward pass without its forward pass"
+        gradient = loss_scale if arriving is None else arriving.wait()
+        if isinstance(action, BackwardInput):
+            with self._context.weight_products.put_off() as item.weight_products:
+                torch.autograd.backward(output, gradient)
         else:
-            gradient = self._link.receive_backward(tuple(out.shape))
-        torch.autograd.backward(out, gradient)
+            torch.autograd.backward(output, gradient)
+        item.edge = item.loss = None
+        received, item.received = item.received, None
         if received is not None:
-            assert received.grad is not None, "the stage did not use its input"
+            assert received.grad is not None, "the chunk did not use its input"
             self._link.send_backward(received.grad)

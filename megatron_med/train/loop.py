@@ -43,7 +43,7 @@ def train(run: Run, stop: StopRequest) -> tuple[int, str]:
         for reporter in reporters:
             reporter.report(metrics)
 
-        skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
+        skipped_in_a_row = skipped_in_a_row + 1 if result.bad else 0
         if skipped_in_a_row >= config.train.max_skipped_steps:
             outcome = EXIT_FAILED, f"gradients were not finite for {skipped_in_a_row} steps: {_first_bad_gradient(run)}"
             break
@@ -69,7 +69,6 @@ def _save(run: Run) -> None:
         target,
         run.machinery.optimizer,
         run.context,
-        sharded=run.shards_optimizer,
         state=run.checkpoint_state(),
         tokenizer=run.tokenizer,
     )
@@ -107,6 +106,7 @@ def _metrics(run: Run, result: StepResult, lr: float, timer: StepTimer) -> Metri
         "consumed_tokens": progress.consumed_samples * length,
         "eta_seconds": seconds * (config.train.steps - progress.step),
         "skipped": result.skipped,
+        "loss_scale": result.loss_scale,
     }
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
+from torch import nn
 
 from megatron_med.checkpoint.folder import CheckpointState, read_state, resolve_checkpoint
 from megatron_med.checkpoint.save_load import check_model, check_tokenizer, load_optimizer, verify_checkpoint
@@ -18,11 +19,16 @@ from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import blend, find_tokenizer, one_pass, open_corpora
 from megatron_med.errors import UserError
 from megatron_med.model.batch import MicroBatch
-from megatron_med.model.build import DTYPES, build_stage
+from megatron_med.model.build import DTYPES, build_chunks
+from megatron_med.model.recompute import Recompute
+from megatron_med.model.transformer import Transformer
+from megatron_med.optim.loss_scale import LossScaler
 from megatron_med.optim.optimizer import Optimizer
+from megatron_med.parallel.buckets import BucketedDataParallel
 from megatron_med.parallel.collectives import broadcast_object
 from megatron_med.parallel.context import ParallelContext, create_context, preflight
 from megatron_med.parallel.data_parallel import DataParallel
+from megatron_med.parallel.fully_sharded import FullyShardedDataParallel
 from megatron_med.parallel.parameters import initialise
 from megatron_med.parallel.pipeline import PipelineEngine
 from megatron_med.tokenizer import Tokenizer
@@ -56,18 +62,17 @@ class Run:
     def context(self) -> ParallelContext:
         return self.machinery.context
 
-    @property
-    def shards_optimizer(self) -> bool:
-        return self.config.parallel.sharding == "optimizer"
-
     def checkpoint_state(self) -> CheckpointState:
         """What a checkpoint of this moment says of itself."""
+        scaler = self.machinery.loss_scaler
         return CheckpointState(
             model=asdict(self.config.model),
             tokenizer=self.tokenizer.describe() if self.tokenizer else None,
             step=self.progress.step,
             consumed_samples=self.progress.consumed_samples,
             optimizer_steps=self.machinery.optimizer.steps,
+            initial_lr=self.machinery.optimizer.initial_lr,
+            loss_scaler=scaler.state_dict() if scaler is not None else None,
             run={"precision": self.config.precision, "parallel": asdict(self.config.parallel)},
         )
 
@@ -105,14 +110,30 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
 
 
 def build_machinery(config: Config, context: ParallelContext) -> Machinery:
-    """Model with initial weights, gradient buckets and optimizer."""
+    """Model with initial weights, gradients over the data-parallel ranks, pipeline engine and optimizer."""
     dtype = DTYPES[config.precision]
-    stage = build_stage(config.model, context, dtype, config.parallel.layers_per_stage)
-    initialise(stage, context, config.train.seed)
-    data_parallel = DataParallel(stage, context, shard=config.parallel.sharding == "optimizer")
-    engine: PipelineEngine[MicroBatch] = PipelineEngine(stage, context, dtype)
-    optimizer = Optimizer(data_parallel, context, config.optimizer)
-    return Machinery(context, stage, engine, data_parallel, optimizer, config.parallel.schedule)
+    recompute = Recompute(config.recompute, config.recompute_interval)
+    chunks = build_chunks(config.model, context, dtype, config.parallel, recompute)
+    initialise(chunks, context, config.train.seed)
+    data_parallel = _data_parallel(chunks, context, dtype, config.parallel.sharding)
+    engine: PipelineEngine[MicroBatch] = PipelineEngine(
+        cast(list[Transformer], list(chunks)), context, dtype, data_parallel.before_backward
+    )
+    return Machinery(
+        context=context,
+        chunks=chunks,
+        engine=engine,
+        data_parallel=data_parallel,
+        optimizer=Optimizer(data_parallel, context, config.optimizer),
+        schedule=config.parallel.schedule,
+        loss_scaler=LossScaler(config.optimizer) if config.precision == "fp16" else None,
+    )
+
+
+def _data_parallel(chunks: nn.ModuleList, context: ParallelContext, dtype: torch.dtype, sharding: str) -> DataParallel:
+    if sharding == "full":
+        return FullyShardedDataParallel(chunks, context, dtype)
+    return BucketedDataParallel(chunks, context, shard=sharding == "optimizer")
 
 
 def _on_first_rank(context: ParallelContext, action: Callable[[], T]) -> T:
@@ -140,6 +161,7 @@ def _loader(config: Config, context: ParallelContext, dataset: Any) -> BatchLoad
         micro_batch_size=config.train.micro_batch_size,
         vocab_size=config.model.vocab_size,
         seed=config.train.seed,
+        isolate_documents=config.data.isolate_documents,
     )
 
 
@@ -163,7 +185,11 @@ def _identity(config: Config, corpora: list[PackedDataset]) -> dict[str, Any]:
     ]
     return {
         "model": model,
-        "data": {"sequence_length": config.data.sequence_length, "train": train},
+        "data": {
+            "sequence_length": config.data.sequence_length,
+            "isolate_documents": config.data.isolate_documents,
+            "train": train,
+        },
         "train": {"seed": config.train.seed},
     }
 
@@ -182,12 +208,14 @@ def _load(config: Config, folder: RunFolder, machinery: Machinery, tokenizer: To
     state = read_state(source)
     check_model(state, config.model, source)
     check_tokenizer(state, tokenizer.describe() if tokenizer else None, source)
-    sharded = config.parallel.sharding == "optimizer"
-    load_optimizer(source, machinery.optimizer, context, sharded=sharded, moments=everything)
+    load_optimizer(source, machinery.optimizer, context, moments=everything)
     machinery.data_parallel.publish()
     if context.world.is_first:
         print(f"loaded {source} ({'all' if everything else 'weights'})", flush=True)
     if not everything:
         return Progress()
     machinery.optimizer.steps = state.optimizer_steps or 0
+    machinery.optimizer.initial_lr = state.initial_lr or machinery.optimizer.initial_lr
+    if machinery.loss_scaler is not None and state.loss_scaler is not None:
+        machinery.loss_scaler.load_state_dict(state.loss_scaler)
     return Progress(state.step, state.consumed_samples)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_med.model.batch import MicroBatch
-from megatron_med.model.transformer import Transformer
+from megatron_med.optim.loss_scale import LossScaler
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.collectives import all_reduce
 from megatron_med.parallel.context import ParallelContext
@@ -25,11 +25,12 @@ class Machinery:
     """What a step works with on this rank."""
 
     context: ParallelContext
-    stage: Transformer
+    chunks: nn.ModuleList
     engine: PipelineEngine[MicroBatch]
     data_parallel: DataParallel
     optimizer: Optimizer
     schedule: str
+    loss_scaler: LossScaler | None = None
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,17 @@ class StepResult:
         loss: mean over the tokens of the global batch.
         gradient_norm: before clipping.
         skipped: the gradients were not finite and nothing was updated.
+        bad: skipped, and no lower loss scale could help.
         stop_asked: some rank was signalled to stop.
+        loss_scale: that the gradients were computed with.
     """
 
     loss: float
     gradient_norm: float
     skipped: bool
+    bad: bool
     stop_asked: bool
+    loss_scale: float
 
 
 def train_step(
@@ -61,37 +66,39 @@ def train_step(
         stop_asked: whether this rank was signalled.
         timer: gets the phases' seconds.
     """
+    scaler = machinery.loss_scaler
+    scale = scaler.scale if scaler is not None else 1.0
     local_loss = compute_gradients(machinery, batches, timer)
     with timer.phase("communication"):
-        norm = machinery.optimizer.gradient_norm()
+        norm = machinery.optimizer.gradient_norm() / scale
         loss, stop_together = _share(local_loss, stop_asked, machinery.context)
     norm_value = norm.item()
     finite = math.isfinite(norm_value)
     if finite:
         with timer.phase("optimizer"):
-            machinery.optimizer.step(norm, lr)
-    return StepResult(loss, norm_value, not finite, stop_together)
+            machinery.optimizer.step(norm, lr, scale)
+    at_its_limit = scaler is None or scaler.at_minimum
+    if scaler is not None:
+        scaler.update(overflow=not finite)
+    return StepResult(loss, norm_value, not finite, not finite and at_its_limit, stop_together, scale)
 
 
 def compute_gradients(machinery: Machinery, batches: Sequence[MicroBatch], timer: StepTimer) -> Tensor:
-    """Leaves the gradient of the global batch's mean loss in every owned slice, summed over all ranks.
+    """Leaves the gradient of the global batch's mean loss, times the loss scale, in every owned slice, summed over
+    all ranks.
 
     Returns:
         This rank's part of the loss: zero but on the last stage.
     """
     context = machinery.context
-    machinery.stage.train()
-    machinery.data_parallel.zero_gradients()
+    machinery.chunks.train()
+    machinery.data_parallel.begin_step(len(batches))
     with timer.phase("communication"):
         tokens = count_tokens(batches, context)
-    actions = GENERATORS[machinery.schedule](context.pp.size, len(batches))[context.pp.rank]
+    schedule = GENERATORS[machinery.schedule](context.pp.size, len(batches), len(machinery.chunks))
+    scale = machinery.loss_scaler.scale if machinery.loss_scaler is not None else 1.0
     with timer.phase("forward_backward"):
-        loss_sum = machinery.engine.run(
-            actions,
-            batches,
-            loss_scale=1.0 / tokens,
-            before_last_backward=machinery.data_parallel.reduce_with_next_backward,
-        )
+        loss_sum = machinery.engine.run(schedule[context.pp.rank], batches, loss_scale=scale / tokens)
     with timer.phase("communication"):
         machinery.data_parallel.finish()
     return loss_sum / tokens
@@ -101,9 +108,9 @@ def compute_gradients(machinery: Machinery, batches: Sequence[MicroBatch], timer
 def validation_loss(machinery: Machinery, batches: Sequence[MicroBatch]) -> float:
     """Mean loss over the tokens of all samples, without dropout; equal on every rank."""
     context = machinery.context
-    machinery.stage.eval()
+    machinery.chunks.eval()
     tokens = count_tokens(batches, context)
-    actions = forward_only(context.pp.size, len(batches))[context.pp.rank]
+    actions = forward_only(context.pp.size, len(batches), len(machinery.chunks))[context.pp.rank]
     loss_sum = machinery.engine.run(actions, batches)
     return _share(loss_sum / tokens, False, context)[0]
 

@@ -54,10 +54,9 @@ def _config(prefix: Path, family: str, grid: str, precision: str = "fp32") -> tu
 def _steps(config: Config, target: Path, source: Path | None, first: int, last: int) -> list[float]:
     """Loads ``source`` where there is one, trains steps ``first`` to ``last`` and saves."""
     machinery, loader = set_up(config)
-    sharded = config.parallel.sharding == "optimizer"
     if source is not None:
         verify_checkpoint(source, machinery.context)
-        load_optimizer(source, machinery.optimizer, machinery.context, sharded=sharded, moments=True)
+        load_optimizer(source, machinery.optimizer, machinery.context, moments=True)
         machinery.optimizer.steps = read_state(source).optimizer_steps or 0
         machinery.data_parallel.publish()
     losses = []
@@ -65,7 +64,7 @@ def _steps(config: Config, target: Path, source: Path | None, first: int, last: 
         batches = loader.load((step - 1) * BATCH, BATCH, step)
         losses.append(train_step(machinery, batches, 1e-3, False, StepTimer(torch.device("cpu"))).loss)
     state = CheckpointState(model=asdict(config.model), step=last, optimizer_steps=machinery.optimizer.steps)
-    save_checkpoint(target, machinery.optimizer, machinery.context, sharded=sharded, state=state)
+    save_checkpoint(target, machinery.optimizer, machinery.context, state=state)
     return losses
 
 

@@ -30,7 +30,7 @@ def _ours(config: Config, folder: Path) -> dict[str, Any]:
     machinery, loader = set_up(config)
     context = machinery.context
     state = CheckpointState(model=asdict(config.model), optimizer_steps=0, run={"precision": "fp32"})
-    save_checkpoint(step_folder(folder, 0), machinery.optimizer, context, sharded=False, state=state)
+    save_checkpoint(step_folder(folder, 0), machinery.optimizer, context, state=state)
     export_huggingface(folder, folder / "hf")
     size = config.train.global_batch_size
     losses, norms, rates, batches = [], [], [], []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_med.config import dump_config, load_config
-from megatron_med.config.layers import split_layers, stage_layers
+from megatron_med.config.layers import cut_into_chunks, split_layers
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import Config, ModelConfig
 from megatron_med.errors import ConfigError
@@ -119,24 +120,53 @@ def test_broken_rule_says_value_rule_and_remedy(
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("options", "message"),
     [
-        ("parallel.schedule", "zero_bubble"),
-        ("parallel.schedule", "interleaved"),
-        ("parallel.virtual_stages", "2"),
-        ("parallel.sharding", "full"),
-        ("parallel.replicate", "2"),
-        ("parallel.context", "2"),
-        ("precision", "fp16"),
-        ("recompute", "full"),
-        ("recompute", "selective"),
-        ("checkpoint.asynchronous", "true"),
-        ("data.isolate_documents", "true"),
+        ("--parallel.context 2", "parallel.context is 2: not yet supported"),
+        ("--parallel.schedule interleaved --parallel.pipeline 2", "interleaved with parallel.virtual_stages = 1"),
+        (
+            "--parallel.schedule interleaved --parallel.virtual_stages 2 --parallel.pipeline 1",
+            "parallel.pipeline = 1: it needs 2 or more",
+        ),
+        (
+            "--parallel.virtual_stages 2 --parallel.pipeline 2",
+            "parallel.virtual_stages is 2 with parallel.schedule 1f1b",
+        ),
+        (
+            "--parallel.schedule interleaved --parallel.virtual_stages 4 --parallel.pipeline 2",
+            "parallel.pipeline x parallel.virtual_stages is 8 and model.num_layers 4",
+        ),
+        (
+            "--parallel.schedule interleaved --parallel.virtual_stages 2 --parallel.pipeline 2 "
+            "--parallel.layers_per_stage [1,1,1]",
+            "it needs 4 numbers of at least 1",
+        ),
+        (
+            "--parallel.layers_per_stage [2,1] --parallel.pipeline 2",
+            "add up to 4 (model.num_layers)",
+        ),
+        ("--parallel.replicate 2 --parallel.sharding none", "parallel.replicate is 2: with parallel.sharding none"),
+        (
+            "--parallel.replicate 3 --parallel.tensor 1 --parallel.pipeline 1",
+            "must divide the data-parallel size 8. These would: 1, 2, 4, 8.",
+        ),
+        (
+            "--parallel.sharding full --parallel.schedule zero_bubble --parallel.pipeline 2",
+            "zero_bubble with parallel.sharding full",
+        ),
+        (
+            "--parallel.sharding full --parallel.tensor 1 --parallel.pipeline 1 --model.ffn_hidden_size 100",
+            "they must divide model.ffn_hidden_size",
+        ),
+        ("--recompute_interval 2", "recompute_interval is 2 and recompute none: only full counts layers"),
+        ("--recompute_interval 0", "recompute_interval is 0: it must be at least 1."),
+        ("--precision fp16 --optimizer.min_loss_scale 0", "optimizer.min_loss_scale is 0.0: it must be above 0"),
+        ("--optimizer.groups '[{match: x, lr_scale: -1}]'", "optimizer.groups: x has lr_scale -1"),
     ],
 )
-def test_later_choices_are_refused_by_name(tmp_path: Path, key: str, value: str) -> None:
-    faults = _faults([_write(tmp_path), f"--{key}", value])
-    assert any(fault.startswith(f"{key} is ") and "not yet" in fault for fault in faults)
+def test_combinations_that_cannot_run_are_refused(tmp_path: Path, options: str, message: str) -> None:
+    faults = _faults([_write(tmp_path), *shlex.split(options)])
+    assert any(message in fault for fault in faults), faults
 
 
 def test_files_that_are_no_configuration(tmp_path: Path) -> None:
@@ -174,7 +204,9 @@ def test_layers_are_split_by_cost_and_none_is_lost(preset: str, stages: int) -> 
     counts = split_layers(model, stages)
     assert sum(counts) == model.num_layers
     assert counts[-1] == min(counts), "the stage with the head never gets more"
-    assert [layer for stage in stage_layers(model, stages, None) for layer in stage] == list(range(model.num_layers))
+    assert [layer for (chunk,) in cut_into_chunks(model, stages) for layer in chunk.layers] == list(
+        range(model.num_layers)
+    )
 
 
 def test_a_heavy_head_takes_layers_from_its_stage() -> None:

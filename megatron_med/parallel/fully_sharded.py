@@ -1,0 +1,94 @@
+"""``sharding: full``: parameters, gradients and optimizer state are cut, with PyTorch's own FSDP2 (``fully_shard``).
+
+Each layer gathers its weights when it computes and reduce-scatters its gradients after its backward pass; with
+``parallel.replicate`` the slices are then summed over the replicas (hybrid sharding).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+
+from megatron_med.parallel.context import ParallelContext
+from megatron_med.parallel.data_parallel import DataParallel, OwnedParameter
+from megatron_med.parallel.parameters import layout_of, parameters_with_layout
+
+
+class FullyShardedDataParallel(DataParallel):
+    """FSDP2 around every layer and every chunk. The fp32 slices are the masters; the model computes in ``dtype``.
+
+    Args:
+        chunks: this rank's pieces of the model, with ``layers``; weights initialised.
+        context: the grid.
+        dtype: of the gathered weights.
+    """
+
+    def __init__(self, chunks: nn.ModuleList, context: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__(context, cuts_slices=True)
+        self._chunks = chunks
+        self._in_pipeline = context.pp.size > 1
+        for chunk in chunks:
+            self._wrap(chunk, dtype)
+        self.owned = [
+            OwnedParameter(layout, parameter, _local(parameter), _local(parameter).new_zeros(0))
+            for layout, parameter in parameters_with_layout(chunks)
+            if layout.trained
+        ]
+
+    def _wrap(self, chunk: nn.Module, dtype: torch.dtype) -> None:
+        chunk.float()
+        layouts = {name: layout_of(parameter) for name, parameter in chunk.named_parameters()}
+        assert self.context.mesh is not None, "full sharding needs a process group"
+        names = ("dp_replicate", "dp_shard") if self.context.dp_replicate.size > 1 else ("dp_shard",)
+        options: dict[str, Any] = {
+            "mesh": self.context.mesh[names],
+            # Micro-batches overlap in a pipeline: gathering again for each of them would cost more than it saves.
+            "reshard_after_forward": not self._in_pipeline,
+            "shard_placement_fn": lambda parameter: Shard(layout_of(parameter).dp_dim),
+            "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        }
+        for layer in cast(nn.ModuleList, chunk.layers):
+            fully_shard(layer, **options)
+        fully_shard(chunk, **options)
+        for module in _fsdp_modules(chunk):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+        for name, parameter in chunk.named_parameters():
+            parameter.parallel_layout = layouts[name]  # type: ignore[attr-defined]
+
+    def begin_step(self, micro_batches: int) -> None:
+        for item in self.owned:
+            item.parameter.grad = None
+
+    def before_backward(self, chunk: int, is_last: bool) -> None:
+        module = cast(FSDPModule, self._chunks[chunk])
+        module.set_is_last_backward(is_last)
+        module.set_requires_all_reduce(is_last)
+        if self._in_pipeline:
+            module.set_requires_gradient_sync(is_last)
+            module.set_reshard_after_backward(is_last)
+
+    def complete_reduction(self) -> None:
+        for item in self.owned:
+            assert item.parameter.grad is not None, f"{item.layout.name} got no gradient"
+            item.gradient = _local(item.parameter.grad)
+
+    def publish(self) -> None:
+        for module in _fsdp_modules(self._chunks):
+            module.reshard()  # the next forward pass gathers the new values
+
+    def await_weights(self) -> None:
+        """Nothing to wait for: each layer gathers its weights itself."""
+
+
+def _fsdp_modules(module: nn.Module) -> list[FSDPModule]:
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor), "fully_shard makes every parameter a DTensor"
+    return tensor.to_local().detach()

@@ -1,0 +1,151 @@
+"""Runs a pipeline schedule on paper: proves that it cannot deadlock, and prices it. No torch here."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+from megatron_med.parallel.schedule import Action, Backward, BackwardInput, BackwardWeight, Forward, Schedule
+
+Place = tuple[int, Action]
+"""(stage, action)"""
+
+
+class ScheduleError(AssertionError):
+    """A schedule that cannot run: only a bug in a generator makes one."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a schedule costs.
+
+    Attributes:
+        makespan: time from the first action to the end of the last.
+        bubble_share: idle time of all stages as a share of stages x makespan.
+        peak_activations: micro-batches alive at once, per stage; with several chunks a micro-batch in one chunk
+            counts as one piece.
+        intervals: ``(stage, action, start, end)`` of every action.
+    """
+
+    makespan: float
+    bubble_share: float
+    peak_activations: list[int]
+    intervals: list[tuple[int, Action, float, float]]
+
+
+def simulate(schedule: Schedule, forward_time: float = 1.0, backward_time: float = 2.0) -> Simulation:
+    """Runs a schedule on paper; transfers take no time.
+
+    Args:
+        schedule: any.
+        forward_time, backward_time: of one micro-batch through one chunk. The input and the weight part of a
+            split backward pass take half each.
+
+    Raises:
+        ScheduleError: an action is missing or doubled, the stages wait for each other for ever, or a stage receives
+            micro-batches in another order than its neighbour sends them.
+    """
+    _check_complete(schedule)
+    chunks = 1 + max((action.chunk for action in schedule[0]), default=0)
+    durations = {
+        Forward: forward_time,
+        Backward: backward_time,
+        BackwardInput: backward_time / 2,
+        BackwardWeight: backward_time / 2,
+    }
+    ends: dict[Place, float] = {}
+    intervals: list[tuple[int, Action, float, float]] = []
+    position = [0] * len(schedule)
+    clock = [0.0] * len(schedule)
+    remaining = sum(map(len, schedule))
+    while remaining:
+        progressed = False
+        for stage, actions in enumerate(schedule):
+            while position[stage] < len(actions):
+                action = actions[position[stage]]
+                needed = dependencies(action, stage, len(schedule), chunks)
+                if any(need not in ends for need in needed):
+                    break
+                start = max([clock[stage], *(ends[need] for need in needed)])
+                end = start + durations[type(action)]
+                ends[stage, action] = clock[stage] = end
+                intervals.append((stage, action, start, end))
+                position[stage] += 1
+                remaining -= 1
+                progressed = True
+        if not progressed:
+            stuck = {
+                stage: actions[position[stage]]
+                for stage, actions in enumerate(schedule)
+                if position[stage] < len(actions)
+            }
+            raise ScheduleError(f"deadlock: {stuck}")
+    _check_transfers(schedule, chunks)
+    makespan = max(clock)
+    busy = sum(end - start for _, _, start, end in intervals)
+    return Simulation(
+        makespan=makespan,
+        bubble_share=1 - busy / (makespan * len(schedule)),
+        peak_activations=[_peak(actions) for actions in schedule],
+        intervals=intervals,
+    )
+
+
+def dependencies(action: Action, stage: int, stages: int, chunks: int) -> list[Place]:
+    """What must have ended, anywhere, before an action of ``stage`` can begin."""
+    index, chunk = action.micro_batch, action.chunk
+    if isinstance(action, Forward):
+        if stage > 0:
+            return [(stage - 1, action)]
+        return [(stages - 1, Forward(index, chunk - 1))] if chunk > 0 else []
+    if isinstance(action, BackwardWeight):
+        return [(stage, BackwardInput(index, chunk))]
+    needs: list[Place] = [(stage, Forward(index, chunk))]
+    if stage < stages - 1:
+        needs.append((stage + 1, action))
+    elif chunk < chunks - 1:
+        needs.append((0, type(action)(index, chunk + 1)))
+    return needs
+
+
+def _check_complete(schedule: Schedule) -> None:
+    expected = Counter(schedule[0])
+    for stage, actions in enumerate(schedule):
+        count = Counter(actions)
+        if count != expected or max(count.values(), default=1) > 1:
+            raise ScheduleError(f"stage {stage} does not run each action of stage 0 exactly once")
+    passes: dict[type, set[tuple[int, int]]] = defaultdict(set)
+    for action in expected:
+        passes[type(action)].add((action.micro_batch, action.chunk))
+    trains = len(passes) > 1
+    whole = passes[Backward] | passes[BackwardInput]
+    if trains and (whole != passes[Forward] or passes[Backward] & passes[BackwardInput]):
+        raise ScheduleError("a forward pass has no backward pass, or the other way round")
+    if passes[BackwardInput] != passes[BackwardWeight]:
+        raise ScheduleError("the two parts of a backward pass are not both there")
+
+
+def _check_transfers(schedule: Schedule, chunks: int) -> None:
+    """Messages of one direction between two stages are asked for in the order they are sent."""
+    asked: dict[tuple[int, int, bool], list[Action]] = defaultdict(list)
+    for stage, actions in enumerate(schedule):
+        for action in actions:
+            for source, needed in dependencies(action, stage, len(schedule), chunks):
+                if source != stage:
+                    asked[source, stage, isinstance(action, Forward)].append(needed)
+    for (source, stage, _), order in asked.items():
+        wanted = set(order)
+        if [action for action in schedule[source] if action in wanted] != order:
+            raise ScheduleError(f"stage {stage} asks stage {source} for its messages in another order than sent")
+
+
+def _peak(actions: list[Action]) -> int:
+    """A micro-batch is alive from its forward pass to the end of its backward pass, weight part included."""
+    alive = peak = 0
+    for action in actions:
+        if isinstance(action, Forward):
+            alive += 1
+        elif not isinstance(action, BackwardInput):
+            alive -= 1
+        peak = max(peak, alive)
+    return peak
