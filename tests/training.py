@@ -73,13 +73,16 @@ def make_config(
     precision: str = "fp32",
     steps: int = STEPS,
     batch: int = 8,
+    micro_batch: int = 1,
     **parallel: Any,
 ) -> Config:
     """A run of a small model on a token file."""
     return Config(
         model=ModelConfig(**model),
         data=DataConfig(sequence_length=32, train=[DataSource(str(prefix))]),
-        train=TrainConfig(steps=steps, global_batch_size=batch, output_dir="unused", seed=11),
+        train=TrainConfig(
+            steps=steps, global_batch_size=batch, micro_batch_size=micro_batch, output_dir="unused", seed=11
+        ),
         parallel=ParallelConfig(**parallel),
         optimizer=OptimizerConfig(lr=4e-3),
         lr_schedule=LRScheduleConfig(warmup_steps=8, decay_steps=STEPS, min_lr=1e-3),

@@ -98,7 +98,8 @@ class OverlapConfig:
     tensor: bool = True
     """Gather and reduce-scatter the sequence beside the products of the backward pass."""
     pipeline: bool = True
-    """Send and receive between stages beside computation."""
+    """Ask for what the next pass needs before the current one computes. Sends are never waited for: in an interleaved
+    pipeline two stages may send to each other at once."""
 
 
 @dataclass

@@ -147,7 +147,7 @@ def _schedule(parallel: ParallelConfig) -> Iterator[str]:
             f"parallel.schedule is interleaved with parallel.virtual_stages = {virtual} and parallel.pipeline = "
             f"{parallel.pipeline}: it needs 2 or more of both. Set them, or take 1f1b."
         )
-    elif virtual > 1 and (name != "gpipe" or parallel.pipeline < 2):
+    elif virtual > 1 and name != "interleaved" and (name != "gpipe" or parallel.pipeline < 2):
         yield (
             f"parallel.virtual_stages is {virtual} with parallel.schedule {name} and parallel.pipeline = "
             f"{parallel.pipeline}: several chunks of layers a stage need interleaved (or gpipe) and 2 or more stages. "

@@ -55,8 +55,6 @@ class PipelineLink:
         tensor = tensor.detach().contiguous()
         self._sent = [(work, kept) for work, kept in self._sent if work is not None and not work.is_completed()]
         self._sent.append((dist.isend(tensor, _neighbour(axis, step), group=axis.group), tensor))
-        if not self._context.overlap.pipeline:
-            self.drain()
 
     def _receive(self, shape: tuple[int, ...], axis: Axis, step: int) -> Pending:
         tensor = torch.empty(shape, dtype=self._dtype, device=self._context.device)

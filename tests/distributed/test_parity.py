@@ -1,0 +1,127 @@
+"""One process and every grid train alike: equal losses over 20 steps, equal gradients at the first."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.distributed.combinations import TABLE, Combination, possible
+from tests.ranks import run_ranks
+from tests.training import MODELS, Trained, gather, make_config, train_ranks
+
+LOSS_BOUND = 1e-5
+GRADIENT_BOUND = 1e-5
+HALF_BOUNDS = {"bf16": (5e-3, 3e-2), "fp16": (1e-3, 5e-3)}
+"""Of losses over 20 steps and of gradients at the first: 8 and 11 bits of mantissa, summed in another order."""
+
+HALF = [TABLE[row] for row in (0, 1, 3, 4, 5, 7, 12)]
+"""Rows that hold every value of every option, for the half precisions."""
+
+
+def test_the_table_covers_every_pair_that_can_run() -> None:
+    wanted = {pair for row in possible() for pair in row.pairs()}
+    covered = {pair for row in TABLE for pair in row.pairs()}
+    assert len(wanted) > 380
+    assert not wanted - covered
+    assert all(row.can_run() for row in TABLE)
+    values = {(place, value) for pair in wanted for place, value in pair}
+    assert {(place, value) for row in HALF for pair in row.pairs() for place, value in pair} == values
+
+
+@cache
+def _alone(prefix: Path, family: str, isolate_documents: bool, precision: str) -> Trained:
+    row = Combination(1, 1, 1, 1, "none", "1f1b", "none", False, "by_cost", family, isolate_documents, False)
+    return gather(run_ranks(1, train_ranks, row.config(prefix, precision)))
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+def test_a_combination_trains_like_one_process(sample_data: Path, row: Combination) -> None:
+    alone = _alone(sample_data, row.family, row.isolate_documents, "fp32")
+    grid = gather(run_ranks(row.ranks, train_ranks, row.config(sample_data)))
+    assert alone.losses[-1] < alone.losses[0] - 0.3, "the model does not learn: equal losses would prove nothing"
+    np.testing.assert_allclose(grid.losses, alone.losses, rtol=LOSS_BOUND)
+    np.testing.assert_allclose(grid.norms[0], alone.norms[0], rtol=1e-5)
+    np.testing.assert_allclose(grid.norms, alone.norms, rtol=1e-3)  # a spike after the warm-up magnifies rounding
+    _assert_gradients_equal(grid, alone, GRADIENT_BOUND)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("row", HALF, ids=lambda row: row.name)
+def test_a_half_precision_combination_stays_near_one_process(
+    sample_data: Path, row: Combination, precision: str
+) -> None:
+    loss_bound, gradient_bound = HALF_BOUNDS[precision]
+    alone = _alone(sample_data, row.family, row.isolate_documents, precision)
+    grid = gather(run_ranks(row.ranks, train_ranks, row.config(sample_data, precision)))
+    assert alone.losses[-1] < alone.losses[0] - 0.3
+    np.testing.assert_allclose(grid.losses, alone.losses, rtol=loss_bound)
+    _assert_gradients_equal(grid, alone, gradient_bound)
+
+
+def _assert_gradients_equal(grid: Trained, alone: Trained, bound: float) -> None:
+    assert grid.gradients.keys() == alone.gradients.keys()
+    for name, expected in alone.gradients.items():
+        actual = grid.gradients[name]
+        if name.endswith("qkv.bias"):
+            # Softmax ignores a constant added to all keys: the true gradient of a key bias is zero.
+            actual, expected = (np.delete(bias.reshape(4, 3, -1), 1, 1) for bias in (actual, expected))
+        norm = np.linalg.norm(expected)
+        assert norm > 0, f"{name} got no gradient"
+        assert np.linalg.norm(actual - expected) / norm <= bound, name
+
+
+def _with_dropout(**changes: float) -> dict[str, Any]:
+    return MODELS["gpt2"] | {"embedding_dropout": 0.1, "hidden_dropout": 0.1, "attention_dropout": 0.1} | changes
+
+
+@cache
+def _alone_with_dropout(prefix: Path) -> Trained:
+    return gather(run_ranks(1, train_ranks, make_config(prefix, _with_dropout(), steps=5)))
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"pipeline": 2},
+        {"sharding": "optimizer"},
+        {"sharding": "full"},
+        {"pipeline": 2, "schedule": "zero_bubble"},
+        {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2},
+    ],
+    ids=str,
+)
+def test_dropout_is_equal_under_pipeline_and_data_parallel(sample_data: Path, grid: dict[str, Any]) -> None:
+    alone = _alone_with_dropout(sample_data)
+    cut = gather(run_ranks(2, train_ranks, make_config(sample_data, _with_dropout(), steps=5, **grid)))
+    np.testing.assert_allclose(cut.losses, alone.losses, rtol=LOSS_BOUND)
+    without = gather(run_ranks(1, train_ranks, make_config(sample_data, MODELS["gpt2"], steps=5)))
+    assert abs(without.losses[0] - alone.losses[0]) > 1e-4, "nothing was dropped"
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("grid", [{}, {"tensor": 2}], ids=["alone", "tp2"])
+def test_dropout_is_reproduced_in_recompute(sample_data: Path, mode: str, grid: dict[str, int]) -> None:
+    """Bitwise: the same masks, the same sums. Attention dropout takes the kernel that keeps its probabilities."""
+    config = make_config(sample_data, _with_dropout(), steps=3, micro_batch=2, **grid)
+    kept = gather(run_ranks(grid.get("tensor", 1), train_ranks, config))
+    config.recompute = mode  # type: ignore[assignment]
+    again = gather(run_ranks(grid.get("tensor", 1), train_ranks, config))
+    assert again.losses == kept.losses
+    for name, gradient in kept.gradients.items():
+        np.testing.assert_array_equal(again.gradients[name], gradient, err_msg=name)
+
+
+def test_dropout_differs_where_tensor_parallel_ranks_hold_different_pieces(sample_data: Path) -> None:
+    """Ranks agree on the loss and each cut region drops on its own: training goes on, with other masks than alone."""
+    alone = _alone_with_dropout(sample_data)
+    for sequence_parallel in (True, False):
+        config = make_config(
+            sample_data, _with_dropout(), steps=4, micro_batch=1, tensor=2, sequence_parallel=sequence_parallel
+        )
+        cut = gather(run_ranks(2, train_ranks, config))
+        assert cut.losses[:4] != alone.losses[:4]
+        np.testing.assert_allclose(cut.losses, alone.losses[:4], rtol=2e-2)
