@@ -55,7 +55,7 @@ def _context(tensor: int, pipeline: int) -> ParallelContext:
         )
     if world_size == 1:
         return single_process_context(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    device = start_process_group(timedelta(minutes=10))
+    device, _ = start_process_group(timedelta(minutes=10))
     return create_context(ParallelConfig(tensor=tensor, pipeline=pipeline, sequence_parallel=False), device)
 
 

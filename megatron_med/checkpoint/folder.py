@@ -23,6 +23,7 @@ TOKENIZER = "tokenizer"
 CHECKPOINTS = "checkpoints"
 _PREFIX = "step-"
 _PARTIAL = ".partial"
+_DAMAGED = ".damaged"
 
 
 @dataclass
@@ -54,6 +55,11 @@ class CheckpointState:
 def step_folder(checkpoints: Path, step: int) -> Path:
     """``checkpoints/step-00000020``."""
     return checkpoints / f"{_PREFIX}{step:08d}"
+
+
+def step_of(folder: Path) -> int:
+    """The step that a folder's name tells."""
+    return int(folder.name.removeprefix(_PREFIX))
 
 
 def partial_folder(folder: Path) -> Path:
@@ -99,11 +105,7 @@ def commit(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         os.replace(folder, replaced)
     os.replace(partial, folder)
     shutil.rmtree(replaced, ignore_errors=True)
-    latest = folder.parent / (LATEST + _PARTIAL)
-    latest.write_text(folder.name + "\n", encoding="utf-8")
-    _fsync(latest)
-    os.replace(latest, folder.parent / LATEST)
-    _fsync(folder.parent)
+    _point_latest_to(folder)
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -138,6 +140,23 @@ def remove_partials(checkpoints: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def set_aside(folder: Path) -> Path | None:
+    """Renames a damaged step to ``....damaged`` and lets ``latest`` name the whole one before it.
+
+    Returns:
+        The step before; None, and nothing is changed, where there is none.
+    """
+    previous = _previous(folder)
+    if previous is None:
+        return None
+    if folder.is_dir():
+        aside = folder.with_name(folder.name + _DAMAGED)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(folder, aside)
+    _point_latest_to(previous)
+    return previous
+
+
 def complete_steps(checkpoints: Path) -> list[int]:
     """Steps with a manifest, oldest first."""
     if not checkpoints.is_dir():
@@ -147,14 +166,24 @@ def complete_steps(checkpoints: Path) -> list[int]:
 
 
 def latest_folder(checkpoints: Path) -> Path | None:
-    """The step that ``latest`` names; None where there is no ``latest``."""
-    pointer = checkpoints / LATEST
-    if not pointer.is_file():
+    """The step that ``latest`` names; None where there is no ``latest``.
+
+    Raises:
+        CheckpointError: it names what is no whole checkpoint.
+    """
+    folder = named_by_latest(checkpoints)
+    if folder is None:
         return None
-    folder = checkpoints / pointer.read_text(encoding="utf-8").strip()
+    pointer = checkpoints / LATEST
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{pointer} names {folder}, which is not a whole checkpoint. {_offer_previous(folder)}")
     return folder
+
+
+def named_by_latest(checkpoints: Path) -> Path | None:
+    """What ``latest`` names, whole or not; None where there is no ``latest``."""
+    pointer = checkpoints / LATEST
+    return checkpoints / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
@@ -218,11 +247,24 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
         ) from error
 
 
+def _point_latest_to(folder: Path) -> None:
+    latest = folder.parent / (LATEST + _PARTIAL)
+    latest.write_text(folder.name + "\n", encoding="utf-8")
+    _fsync(latest)
+    os.replace(latest, folder.parent / LATEST)
+    _fsync(folder.parent)
+
+
+def _previous(folder: Path) -> Path | None:
+    """The newest whole step before ``folder``."""
+    folders = [step_folder(folder.parent, step) for step in complete_steps(folder.parent)]
+    return max((earlier for earlier in folders if earlier.name < folder.name), default=None)
+
+
 def _offer_previous(folder: Path) -> str:
-    earlier = [step for step in complete_steps(folder.parent) if step_folder(folder.parent, step).name < folder.name]
-    if not earlier:
+    previous = _previous(folder)
+    if previous is None:
         return "There is no earlier checkpoint beside it."
-    previous = step_folder(folder.parent, earlier[-1])
     return (
         f"The one before it is {previous}: write '{previous.name}' into {folder.parent / LATEST} to go on from there."
     )

@@ -16,12 +16,14 @@ from megatron_med.parallel.parameters import ParameterLayout, parameters_with_la
 class GlobalViews:
     """Makes DTensor views over the (tp, dp_shard) ranks of this stage. Data is shared, never copied."""
 
-    def __init__(self, context: ParallelContext) -> None:
+    def __init__(self, context: ParallelContext, device_type: str | None = None) -> None:
         self._mesh: DeviceMesh | None = None
         if context.grid is not None and context.tp.size * context.dp_shard.size > 1:
             pp, replicate, cp = context.pp.rank, context.dp_replicate.rank, context.cp.rank
             ranks = context.grid[pp, replicate, :, cp, :].t().contiguous()  # [tp, dp_shard]
-            self._mesh = DeviceMesh(context.device.type, ranks, mesh_dim_names=("tp", "dp_shard"), _init_backend=False)
+            self._mesh = DeviceMesh(
+                device_type or context.device.type, ranks, mesh_dim_names=("tp", "dp_shard"), _init_backend=False
+            )
 
     def of_piece(self, local: Tensor, layout: ParameterLayout) -> Tensor:
         """A tensor-parallel piece, whole on every data-parallel rank."""
@@ -47,18 +49,30 @@ def weight_views(module: nn.Module, context: ParallelContext) -> dict[str, Tenso
     return {layout.name: views.of_piece(parameter, layout) for layout, parameter in parameters_with_layout(module)}
 
 
-def optimizer_views(optimizer: Optimizer, context: ParallelContext, moments: bool = True) -> dict[str, Tensor]:
-    """fp32 master weights by canonical name, and AdamW's moments as ``optimizer.<moment>.<name>``.
+def optimizer_slices(optimizer: Optimizer, moments: bool = True) -> dict[str, Tensor]:
+    """fp32 master weights by canonical name, and AdamW's moments as ``optimizer.<moment>.<name>``: this rank's slices.
 
     Empty slices (a dimension shorter than the ranks) are left out.
     """
-    views = GlobalViews(context)
-    entries: dict[str, Tensor] = {}
+    slices: dict[str, Tensor] = {}
     for item in optimizer.owned:
         if item.master.numel() == 0:
             continue
-        entries[item.layout.name] = views.of_slice(item.master, item.layout, optimizer.cuts_slices)
+        slices[item.layout.name] = item.master.detach()
         for moment in MOMENTS if moments else ():
-            name = f"optimizer.{moment}.{item.layout.name}"
-            entries[name] = views.of_slice(optimizer.moment(item, moment), item.layout, optimizer.cuts_slices)
+            slices[f"optimizer.{moment}.{item.layout.name}"] = optimizer.moment(item, moment)
+    return slices
+
+
+def optimizer_views(slices: dict[str, Tensor], optimizer: Optimizer, context: ParallelContext) -> dict[str, Tensor]:
+    """``optimizer_slices``, or copies of them, as global tensors."""
+    device_types = {tensor.device.type for tensor in slices.values()} or {"cpu"}
+    (device_type,) = device_types
+    views = GlobalViews(context, device_type)
+    layouts = {item.layout.name: item.layout for item in optimizer.owned}
+    prefixes = tuple(f"optimizer.{moment}." for moment in MOMENTS)
+    entries = {}
+    for name, tensor in slices.items():
+        parameter = next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
+        entries[name] = views.of_slice(tensor, layouts[parameter], optimizer.cuts_slices)
     return entries

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_med.checkpoint.folder import TOKENIZER, read_state, resolve_checkpoint
-from megatron_med.checkpoint.save_load import load_weights, verify_checkpoint
+from megatron_med.checkpoint.load import load_weights, verify_checkpoint
 from megatron_med.config import ParallelConfig, model_from_dict
 from megatron_med.config.validate import cut_faults
 from megatron_med.errors import CheckpointError, ConfigError

@@ -13,6 +13,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_med.config import ParallelConfig
 from megatron_med.config.schema import OverlapConfig
+from megatron_med.parallel.roll_call import RollCall
 from megatron_med.parallel.weight_products import WeightProducts
 
 GRID = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -88,20 +89,24 @@ def single_process_context(device: torch.device | None = None) -> ParallelContex
     return ParallelContext(device=device or torch.device("cpu"))
 
 
-def start_process_group(timeout: timedelta) -> torch.device:
-    """Joins the ranks that torchrun started (or makes a world of one) and returns this rank's device."""
+def start_process_group(timeout: timedelta) -> tuple[torch.device, RollCall]:
+    """Joins the ranks that torchrun started, or makes a world of one.
+
+    Returns:
+        This rank's device, and the means to tell who is silent when a collective fails.
+    """
     use_cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+    rank, world_size = 0, 1
+    store: dist.Store = dist.HashStore()
     if "RANK" in os.environ:
         store, rank, world_size = next(rendezvous("env://", timeout=timeout))
         await_all_ranks(dist.PrefixStore("preflight", store), rank, world_size, timeout)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
-    else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-    return device
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
+    return device, RollCall(dist.PrefixStore("roll_call", store), rank, world_size)
 
 
 def create_context(config: ParallelConfig, device: torch.device) -> ParallelContext:

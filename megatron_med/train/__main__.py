@@ -7,14 +7,20 @@ import logging
 import os
 import sys
 import time
+import traceback
 from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn
 
 from megatron_med.config import Config, load_config
 from megatron_med.config.load import INFORMATION_FLAGS, peek_output_dir
 from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, CheckpointError, DataError, UserError
 from megatron_med.train.run_folder import RunFolder
 
-_PATIENCE_SECONDS = 15.0
+if TYPE_CHECKING:
+    from megatron_med.parallel.roll_call import RollCall
+    from megatron_med.train.signals import StopRequest
+
+_PATIENCE = timedelta(seconds=15)
 
 
 def main(arguments: list[str]) -> int:
@@ -42,8 +48,9 @@ def _train(config: Config, rank: int) -> int:
     folder = RunFolder(config.train.output_dir)
     training = False
     stop = StopRequest()
+    roll_call: RollCall | None = None
     try:
-        device = start_process_group(timedelta(minutes=config.train.timeout_minutes))
+        device, roll_call = start_process_group(timedelta(minutes=config.train.timeout_minutes))
         run = set_up(config, folder, device)
         training = True
         stop.listen()
@@ -57,24 +64,40 @@ def _train(config: Config, rank: int) -> int:
         if training and rank != 0 and isinstance(error, DataError):  # a sample that this rank alone has read
             print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
         return _refuse(error, rank, config.train.output_dir, folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            _record_failure(error, rank, folder)
-            raise
-        full = CheckpointError(f"The disk is full: {error}. Make room and start the same command again.")
-        return _refuse(full, rank, config.train.output_dir, folder)
     except BaseException as error:
-        _record_failure(error, rank, folder)
-        raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            full = CheckpointError(f"The disk is full: {error}. Make room and start the same command again.")
+            return _refuse(full, rank, config.train.output_dir, folder)
+        _fail(error, rank, folder, _silence(roll_call, config, stop))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
         folder.release()
 
 
-def _record_failure(error: BaseException, rank: int, folder: RunFolder) -> None:
+def _silence(roll_call: RollCall | None, config: Config, stop: StopRequest) -> str:
+    """Names the ranks that do not answer any more; empty where all do, or where another rank tells it."""
+    if roll_call is None:
+        return ""
+    timeout = timedelta(minutes=config.train.timeout_minutes)
+    silent = roll_call.silent_ranks(min(timeout, _PATIENCE), is_hurried=lambda: stop.asked)
+    if not silent or not roll_call.speaks(silent):
+        return ""
+    plural, verb = ("s", "hang or have") if len(silent) > 1 else ("", "hangs or has")
+    numbers = ", ".join(map(str, silent))
+    return f"rank{plural} {numbers} did not answer (train.timeout_minutes is {timeout}): {verb} died."
+
+
+def _fail(error: BaseException, rank: int, folder: RunFolder, silence: str) -> NoReturn:
+    """Ends this process at once: threads and connections of a broken run may never come to an end of their own."""
+    traceback.print_exception(error)
+    if silence:
+        print(f"error: {silence}", file=sys.stderr)
     if rank == 0 and folder.claimed:
-        folder.write_exit(EXIT_FAILED, f"{type(error).__name__}: {error}")
+        folder.write_exit(EXIT_FAILED, " ".join(filter(None, [silence, f"{type(error).__name__}: {error}"])))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_FAILED)
 
 
 def _refuse(error: UserError, rank: int, output_dir: str | None, folder: RunFolder | None = None) -> int:
@@ -89,7 +112,7 @@ def _refuse(error: UserError, rank: int, output_dir: str | None, folder: RunFold
         if folder is not None:
             _record(folder, str(error))
     else:
-        time.sleep(_PATIENCE_SECONDS)
+        time.sleep(_PATIENCE.total_seconds())
     return EXIT_BAD_INPUT
 
 

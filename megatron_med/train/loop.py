@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from megatron_med.checkpoint.folder import prune, step_folder
-from megatron_med.checkpoint.save_load import save_checkpoint
+import time
+from pathlib import Path
+
+from megatron_med.checkpoint.folder import prune, step_folder, step_of
+from megatron_med.checkpoint.save import CheckpointSaver
 from megatron_med.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIGNAL
 from megatron_med.model.flops import training_flops_per_token
 from megatron_med.optim.lr_schedule import learning_rate
@@ -26,18 +29,21 @@ def train(run: Run, stop: StopRequest) -> tuple[int, str]:
     if run.context.world.is_first:
         folder.cut_metrics(progress.step)
         reporters = make_reporters(config, folder.metrics, folder.tensorboard, progress.step)
+    saver = make_saver(run)
     skipped_in_a_row = 0
+    stall = 0.0
     outcome = EXIT_DONE, f"trained to step {max(progress.step, config.train.steps)}"
     while progress.step < config.train.steps:
         timer = StepTimer(run.context.device)
         lr = learning_rate(config.lr_schedule, config.optimizer.lr, progress.step + 1, config.train.steps)
         with timer.phase("data"):
             batches = run.train_data.load(progress.consumed_samples, config.train.global_batch_size, progress.step + 1)
-        result = train_step(run.machinery, batches, lr, stop.asked, timer)
+        result = train_step(run.machinery, batches, lr, stop.asked or saver.has_failed, timer)
         progress.step += 1
         progress.consumed_samples += config.train.global_batch_size
 
-        metrics = _metrics(run, result, lr, timer)
+        metrics = _metrics(run, result, lr, timer) | {"checkpoint_seconds": stall}
+        stall = 0.0
         if run.valid_data is not None and _due(run, config.train.valid_interval):
             metrics["valid_loss"] = _validate(run)
         for reporter in reporters:
@@ -47,11 +53,14 @@ def train(run: Run, stop: StopRequest) -> tuple[int, str]:
         if skipped_in_a_row >= config.train.max_skipped_steps:
             outcome = EXIT_FAILED, f"gradients were not finite for {skipped_in_a_row} steps: {_first_bad_gradient(run)}"
             break
+        if result.stop_asked:
+            saver.wait()  # raises on all ranks where one has failed to save
         if result.stop_asked or _due(run, config.checkpoint.interval):
-            _save(run)
+            stall = _save(run, saver)
         if result.stop_asked and progress.step < config.train.steps:
             outcome = EXIT_SAVED_AFTER_SIGNAL, f"saved step {progress.step} after a signal; start again to go on"
             break
+    saver.wait()
     for reporter in reporters:
         reporter.close()
     return outcome
@@ -63,19 +72,23 @@ def _due(run: Run, interval: int) -> bool:
     return step == run.config.train.steps or (interval > 0 and step % interval == 0)
 
 
-def _save(run: Run) -> None:
-    target = step_folder(run.folder.checkpoints, run.progress.step)
-    save_checkpoint(
-        target,
-        run.machinery.optimizer,
-        run.context,
-        state=run.checkpoint_state(),
-        tokenizer=run.tokenizer,
-    )
-    if run.context.world.is_first:
-        checkpoint = run.config.checkpoint
-        prune(run.folder.checkpoints, checkpoint.keep, checkpoint.keep_every, run.progress.step)
+def make_saver(run: Run) -> CheckpointSaver:
+    """Writes checkpoints of a run, and prunes them as the configuration says."""
+    options = run.config.checkpoint
+
+    def committed(target: Path) -> None:
+        prune(run.folder.checkpoints, options.keep, options.keep_every, step_of(target))
         print(f"saved {target}", flush=True)
+
+    return CheckpointSaver(run.context, options.asynchronous, committed)
+
+
+def _save(run: Run, saver: CheckpointSaver) -> float:
+    """Returns the seconds that training stood still: the metrics of the next step tell them."""
+    start = time.perf_counter()
+    target = step_folder(run.folder.checkpoints, run.progress.step)
+    saver.save(target, run.machinery.optimizer, run.checkpoint_state(), run.tokenizer)
+    return time.perf_counter() - start
 
 
 def _validate(run: Run) -> float:

@@ -10,8 +10,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from megatron_med.checkpoint.folder import CHECKPOINTS, complete_steps, latest_folder, remove_partials
-from megatron_med.errors import ConfigError
+from megatron_med.checkpoint.folder import CHECKPOINTS, complete_steps, named_by_latest, remove_partials, set_aside
+from megatron_med.errors import CheckpointError, ConfigError
 
 IDENTITY = "run.json"
 METRICS = "metrics.jsonl"
@@ -92,15 +92,28 @@ class RunFolder:
         remove_partials(self.checkpoints)
 
     def resume_point(self) -> Path | None:
-        """The step to go on from; None where the run has no checkpoint yet."""
-        folder = latest_folder(self.checkpoints)
-        if folder is None and complete_steps(self.checkpoints):
-            steps = complete_steps(self.checkpoints)
+        """The step that ``latest`` names, whole or not; None where the run has no checkpoint yet."""
+        steps = complete_steps(self.checkpoints)
+        folder = named_by_latest(self.checkpoints)
+        if folder is None and steps:
             raise ConfigError(
                 f"{self.checkpoints} holds steps {steps} but no file 'latest': write the name of the step to go on "
                 "from into it."
             )
         return folder
+
+    def step_back(self, damaged: Path, fault: CheckpointError) -> Path:
+        """Sets a damaged step aside and returns the whole one before it.
+
+        Raises:
+            CheckpointError: ``fault``, where there is none.
+        """
+        previous = set_aside(damaged)
+        if previous is None:
+            raise fault
+        print(f"warning: {fault}", file=sys.stderr)
+        print(f"warning: {damaged.name} was set aside; going on from {previous}.", file=sys.stderr, flush=True)
+        return previous
 
     def cut_metrics(self, step: int) -> None:
         """Removes the lines of steps behind ``step``: they will be run again."""

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from megatron_med.checkpoint.folder import CheckpointState, read_state, resolve_checkpoint
-from megatron_med.checkpoint.save_load import check_model, check_tokenizer, load_optimizer, verify_checkpoint
+from megatron_med.checkpoint.load import check_model, check_tokenizer, load_optimizer, verify_checkpoint
 from megatron_med.config import Config, dump_config
 from megatron_med.data.cache import cache_folder
 from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import blend, find_tokenizer, one_pass, open_corpora
-from megatron_med.errors import UserError
+from megatron_med.errors import CheckpointError, UserError
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, build_chunks
 from megatron_med.model.recompute import Recompute
@@ -197,14 +197,14 @@ def _identity(config: Config, corpora: list[PackedDataset]) -> dict[str, Any]:
 def _load(config: Config, folder: RunFolder, machinery: Machinery, tokenizer: Tokenizer | None) -> Progress:
     """RUN's own latest checkpoint first, then ``checkpoint.load``; else the initial weights."""
     context = machinery.context
-    resume = _on_first_rank(context, folder.resume_point)
+    resume = _resume_point(folder, context)
     source = resume
     everything = resume is not None or config.checkpoint.load_state == "all"
     if source is None:
         if config.checkpoint.load is None:
             return Progress()
         source = resolve_checkpoint(config.checkpoint.load)
-    verify_checkpoint(source, context)
+        verify_checkpoint(source, context)
     state = read_state(source)
     check_model(state, config.model, source)
     check_tokenizer(state, tokenizer.describe() if tokenizer else None, source)
@@ -219,3 +219,16 @@ def _load(config: Config, folder: RunFolder, machinery: Machinery, tokenizer: To
     if machinery.loss_scaler is not None and state.loss_scaler is not None:
         machinery.loss_scaler.load_state_dict(state.loss_scaler)
     return Progress(state.step, state.consumed_samples)
+
+
+def _resume_point(folder: RunFolder, context: ParallelContext) -> Path | None:
+    """RUN's newest sound checkpoint; damaged ones are named and stepped back from."""
+    source = _on_first_rank(context, folder.resume_point)
+    while source is not None:
+        try:
+            verify_checkpoint(source, context)
+            return source
+        except CheckpointError as error:
+            fault, damaged = error, source
+            source = _on_first_rank(context, lambda: folder.step_back(damaged, fault))  # noqa: B023  (called at once)
+    return None

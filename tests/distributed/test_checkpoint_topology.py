@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_med.checkpoint.folder import CheckpointState, read_state, step_folder
-from megatron_med.checkpoint.save_load import load_optimizer, save_checkpoint, verify_checkpoint
+from megatron_med.checkpoint.load import load_optimizer, verify_checkpoint
+from megatron_med.checkpoint.save import save_checkpoint
 from megatron_med.checkpoint.storage import Reader
 from megatron_med.config.schema import Config
 from megatron_med.train.step import train_step

@@ -17,7 +17,7 @@ from megatron_med.checkpoint.folder import read_state, resolve_checkpoint
 from megatron_med.checkpoint.huggingface.convert import export_huggingface, import_huggingface
 from megatron_med.checkpoint.huggingface.files import open_tensors
 from megatron_med.checkpoint.huggingface.verify import our_logits
-from megatron_med.checkpoint.save_load import load_weights
+from megatron_med.checkpoint.load import load_weights
 from megatron_med.config import ParallelConfig, model_from_dict
 from megatron_med.errors import CheckpointError, TargetExistsError
 from megatron_med.model.batch import MicroBatch

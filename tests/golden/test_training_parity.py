@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_med.checkpoint.folder import CheckpointState, step_folder
 from megatron_med.checkpoint.huggingface.convert import export_huggingface
-from megatron_med.checkpoint.save_load import save_checkpoint
+from megatron_med.checkpoint.save import save_checkpoint
 from megatron_med.config.schema import Config
 from megatron_med.optim.lr_schedule import learning_rate
 from megatron_med.train.step import train_step

@@ -10,7 +10,7 @@ import torch
 
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.folder import CheckpointState
-from megatron_med.checkpoint.save_load import check_model, check_tokenizer, verify_checkpoint
+from megatron_med.checkpoint.load import check_model, check_tokenizer, verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import ModelConfig

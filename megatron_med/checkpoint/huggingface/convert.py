@@ -19,7 +19,7 @@ from megatron_med.checkpoint.huggingface.config import from_huggingface, read_co
 from megatron_med.checkpoint.huggingface.files import open_tensors, write_tensors
 from megatron_med.checkpoint.huggingface.mapping import TensorMap, tensor_maps
 from megatron_med.checkpoint.huggingface.verify import verify_logits
-from megatron_med.checkpoint.save_load import verify_checkpoint
+from megatron_med.checkpoint.load import verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
 from megatron_med.config import ModelConfig, model_from_dict
 from megatron_med.errors import CheckpointError, TargetExistsError, refuse_existing

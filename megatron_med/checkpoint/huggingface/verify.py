@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_med.checkpoint.save_load import load_weights
+from megatron_med.checkpoint.load import load_weights
 from megatron_med.config import ModelConfig
 from megatron_med.errors import CheckpointError
 from megatron_med.model.batch import MicroBatch

@@ -1,0 +1,109 @@
+"""Loads training state of any topology into any other."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megatron_med.checkpoint import folder as folders
+from megatron_med.checkpoint.folder import CheckpointState
+from megatron_med.checkpoint.storage import Reader, load_entries
+from megatron_med.checkpoint.views import optimizer_slices, optimizer_views, weight_views
+from megatron_med.config import ModelConfig
+from megatron_med.errors import CheckpointError
+from megatron_med.optim.optimizer import Optimizer
+from megatron_med.parallel.collectives import gather_objects
+from megatron_med.parallel.context import ParallelContext
+
+_FREE_FIELDS = {
+    "preset",
+    "init_std",
+    "embedding_dropout",
+    "hidden_dropout",
+    "attention_dropout",
+    "max_position_embeddings",
+}
+"""Model fields that may differ between a checkpoint and a run without changing what the weights mean."""
+
+
+def verify_checkpoint(folder: Path, context: ParallelContext) -> None:
+    """Compares sizes and checksums with the manifest, the files shared out over the ranks.
+
+    Raises:
+        CheckpointError: names the damaged file and the step before.
+    """
+    fault, names, bad = None, [], []
+    try:
+        names = folders.check_sizes(folder)
+        bad = folders.damaged_files(folder, names[context.world.rank :: context.world.size])
+    except CheckpointError as error:
+        fault = error.faults
+    reports = gather_objects((fault, bad), context.world)
+    for faults, _ in reports:
+        if faults is not None:
+            raise CheckpointError(faults)
+    found = [name for _, part in reports for name in part]
+    if found:
+        raise folders.damage_error(folder, found)
+
+
+def load_optimizer(folder: Path, optimizer: Optimizer, context: ParallelContext, *, moments: bool) -> None:
+    """Fills masters, and moments where asked, of any topology; the caller publishes them to the model."""
+    _load(optimizer_views(optimizer_slices(optimizer, moments), optimizer, context), folder)
+
+
+def load_weights(folder: Path, module: nn.Module, context: ParallelContext) -> None:
+    """Fills a stage's parameters, converted to their type."""
+    _load(weight_views(module, context), folder)
+
+
+def check_model(state: CheckpointState, model: ModelConfig, folder: Path) -> None:
+    """Refuses a checkpoint of another model, field by field."""
+    mine = asdict(model)
+    different = [
+        f"{name} is {state.model.get(name)!r} in the checkpoint and {value!r} in the configuration"
+        for name, value in mine.items()
+        if name not in _FREE_FIELDS and state.model.get(name) != value
+    ]
+    stored_positions = state.model.get("max_position_embeddings")
+    if model.family == "gpt2" and stored_positions != model.max_position_embeddings:
+        different.append(
+            f"max_position_embeddings is {stored_positions} in the checkpoint and "
+            f"{model.max_position_embeddings} in the configuration (gpt2 learns positions)"
+        )
+    if different:
+        raise CheckpointError(
+            [f"The checkpoint {folder} is of another model: model.{line}. Make them equal." for line in different]
+        )
+
+
+def check_tokenizer(state: CheckpointState, tokenizer: dict[str, Any] | None, folder: Path) -> None:
+    """Refuses a checkpoint that was trained with another vocabulary."""
+    if state.tokenizer is None or tokenizer is None:
+        return
+    stored, given = state.tokenizer, tokenizer
+    if stored["vocab_size"] != given["vocab_size"]:
+        raise CheckpointError(
+            f"The checkpoint {folder} was made with a vocabulary of {stored['vocab_size']}, the data with one of "
+            f"{given['vocab_size']}. Tokenize the data with the tokenizer in {folder / folders.TOKENIZER}."
+        )
+    if stored["fingerprint"] != given["fingerprint"]:
+        raise CheckpointError(
+            f"The checkpoint {folder} was made with another tokenizer than the data: they give different ids. "
+            f"Tokenize the data with the tokenizer in {folder / folders.TOKENIZER}."
+        )
+
+
+def _load(entries: dict[str, Tensor], folder: Path) -> None:
+    reader = Reader(folder)
+    missing = sorted(set(entries) - set(reader.shapes()))
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint {folder} does not hold {missing[0]} ({len(missing)} entries are missing). "
+            "Load it with checkpoint.load_state: weights, or choose another one."
+        )
+    load_entries(entries, reader, no_dist=not dist.is_initialized())

@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Trains until the run is done: starts torchrun again after a failure, from the last checkpoint.
+#
+#   bash tools/launch.sh --nproc-per-node 8 -- CONFIG.yaml [--section.key value ...]
+#   bash tools/launch.sh --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8 -- CONFIG.yaml
+#
+# Options before -- go to torchrun; on several nodes the same line runs on each. SIGTERM, SIGINT and SIGUSR1 are handed
+# on: the run saves and this script ends. It does not start again after 2 (bad configuration or data) nor after 75
+# (saved after a signal). Ends with the code in RUN/exit.json.
+#
+#   MEGATRON_MED_RESTARTS       failures in a row without a new checkpoint that are borne (100)
+#   MEGATRON_MED_RESTART_DELAY  seconds before the next start (10)
+#   MEGATRON_MED_SAVE_SECONDS   seconds that a signalled run may take to save (300)
+set -uo pipefail
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${MEGATRON_MED_PYTHON:-python}
+export PYTHONPATH=$repository${PYTHONPATH:+:$PYTHONPATH}
+
+launcher=()
+while [ $# -gt 0 ] && [ "$1" != "--" ]; do
+  launcher+=("$1")
+  shift
+done
+if [ $# -lt 2 ]; then
+  sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  exit 2
+fi
+shift
+
+run=$("$python" -c 'import sys; from megatron_med.config.load import peek_output_dir
+print(peek_output_dir(sys.argv[1:]) or "")' "$@") || exit 2
+signalled="" torchrun=""
+
+forward() {
+  signalled=$1
+  [ -z "$torchrun" ] || kill -s "$1" "$torchrun" 2>/dev/null
+}
+for signal in TERM INT USR1; do
+  trap "forward $signal" "$signal"
+done
+
+# The code that this start has left in RUN/exit.json; 1 where there is none newer than the start.
+exit_code() {
+  local record=$run/exit.json
+  if [ -f "$record" ] && [ ! "$record" -ot "$stamp" ]; then
+    "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$record"
+  else
+    echo 1
+  fi
+}
+
+newest() { cat "$run/checkpoints/latest" 2>/dev/null || true; }
+
+stamp=$(mktemp)
+trap 'rm -f "$stamp"' EXIT
+failures=0
+while true; do
+  before=$(newest)
+  touch "$stamp"
+  "$python" -m torch.distributed.run "${launcher[@]}" \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    --shutdown-timeout "${MEGATRON_MED_SAVE_SECONDS:-300}" \
+    -m megatron_med.train "$@" &
+  torchrun=$!
+  while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun"; done # a trapped signal interrupts wait
+  wait "$torchrun"
+  status=$? torchrun=""
+  [ "$status" -ne 0 ] || exit 0
+  code=$(exit_code)
+  case $code in 0 | 2 | 75) exit "$code" ;; esac
+  [ -z "$signalled" ] || exit "$code"
+  if [ "$(newest)" = "$before" ]; then failures=$((failures + 1)); else failures=1; fi
+  if [ "$failures" -gt "${MEGATRON_MED_RESTARTS:-100}" ]; then
+    echo "launch.sh: $failures failures in a row without a new checkpoint; giving up." >&2
+    exit "$code"
+  fi
+  echo "launch.sh: torchrun ended with $status; starting again in ${MEGATRON_MED_RESTART_DELAY:-10} s" \
+    "from ${before:-step 0} or later." >&2
+  sleep "${MEGATRON_MED_RESTART_DELAY:-10}"
+  [ -z "$signalled" ] || exit 75
+done
