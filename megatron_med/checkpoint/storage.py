@@ -39,9 +39,14 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Admits DCP's own dataclasses and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if "." in name:  # would walk through a module's own imports: filesystem's os.system
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong into checkpoint metadata")
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if module in _ALLOWED_MODULES or (module, name) in _ALLOWED_NAMES or is_dtype:
+        if (module, name) in _ALLOWED_NAMES or is_dtype:
             return super().find_class(module, name)
+        found = super().find_class(module, name) if module in _ALLOWED_MODULES else None
+        if isinstance(found, type) and found.__module__ == module:
+            return found
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into checkpoint metadata")
 
 

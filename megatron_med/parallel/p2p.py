@@ -22,7 +22,7 @@ class PipelineLink:
     def __init__(self, context: ParallelContext, dtype: torch.dtype) -> None:
         self._context = context
         self._dtype = dtype
-        self._sent: list[tuple[dist.Work | None, Tensor]] = []
+        self._sent: list[Pending] = []
 
     def send_forward(self, hidden: Tensor) -> None:
         """Hidden states to the next stage."""
@@ -46,15 +46,14 @@ class PipelineLink:
 
     def drain(self) -> None:
         """Waits until every send has left."""
-        for work, _ in self._sent:
-            if work is not None:
-                work.wait()
+        for pending in self._sent:
+            pending.wait()
         self._sent.clear()
 
     def _send(self, tensor: Tensor, axis: Axis, step: int) -> None:
         tensor = tensor.detach().contiguous()
-        self._sent = [(work, kept) for work, kept in self._sent if work is not None and not work.is_completed()]
-        self._sent.append((dist.isend(tensor, _neighbour(axis, step), group=axis.group), tensor))
+        self._sent = [pending for pending in self._sent if not pending.is_completed()]
+        self._sent.append(Pending(tensor, dist.isend(tensor, _neighbour(axis, step), group=axis.group)))
 
     def _receive(self, shape: tuple[int, ...], axis: Axis, step: int) -> Pending:
         tensor = torch.empty(shape, dtype=self._dtype, device=self._context.device)

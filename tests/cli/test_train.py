@@ -304,16 +304,21 @@ def test_full_disk_while_saving_keeps_the_last_good_checkpoint(config: Path, tmp
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
 
 
-def test_damaged_checkpoint_is_named_at_resume(config: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_named_and_stepped_back_from(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for steps in (2, 4):
         assert train_forked(config, "--train.steps", steps).returncode == 0
+    losses = _losses(run)
     (data,) = (run / "checkpoints" / "step-00000004").glob("*.distcp")
     data.write_bytes(data.read_bytes()[:-10])
-    _refused(train_forked(config, "--train.steps", 6), "damaged", "The one before it is")
-    (run / "checkpoints" / "latest").write_text("step-00000002")
-    assert train_forked(config, "--train.steps", 6).returncode == 0
+    done = train_forked(config, "--train.steps", 6)
+    assert done.returncode == 0, done.stderr
+    assert "step-00000004 is damaged: __0_0.distcp has" in done.stderr
+    assert "warning: step-00000004 was set aside; going on from" in done.stderr
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert {step: _losses(run)[step] for step in losses} == losses
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert names == {"latest", "step-00000002", "step-00000004.damaged", "step-00000006"}
 
 
 def test_metrics_and_validation_are_reported(config: Path, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import ModelConfig
 from megatron_med.errors import CheckpointError
 from megatron_med.parallel.context import single_process_context
+from megatron_med.train.run_folder import RunFolder
 
 
 def _save(checkpoints: Path, step: int) -> Path:
@@ -103,16 +104,71 @@ def test_saving_a_step_again_replaces_it_and_leftovers_go(tmp_path: Path) -> Non
     verify_checkpoint(step, single_process_context())
 
 
-class _Attack:
-    def __reduce__(self) -> tuple[object, ...]:
-        return (exec, ("raise SystemExit('code ran')",))
+def _global(module: str, name: str) -> bytes:
+    """A pickle that calls ``module.name("touch ran")``."""
+    parts = [pickle.PROTO + b"\x04"]
+    for text in (module, name):
+        parts.append(pickle.SHORT_BINUNICODE + bytes([len(text)]) + text.encode())
+    argument = pickle.SHORT_BINUNICODE + bytes([9]) + b"touch ran"
+    return b"".join([*parts, pickle.STACK_GLOBAL, argument, pickle.TUPLE1, pickle.REDUCE, pickle.STOP])
 
 
-def test_metadata_that_would_run_code_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("builtins", "exec"),
+        ("os", "system"),
+        ("torch", "load"),
+        ("torch.distributed.checkpoint.filesystem", "os.system"),
+        ("torch.distributed.checkpoint.filesystem", "os"),
+        ("torch.distributed.checkpoint.metadata", "field"),
+    ],
+)
+def test_metadata_that_would_run_code_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     step = _save(tmp_path, 10)
-    (step / ".metadata").write_bytes(pickle.dumps(_Attack()))
-    with pytest.raises(CheckpointError, match=r"builtins\.exec does not belong"):
+    (step / ".metadata").write_bytes(_global(module, name))
+    with pytest.raises(CheckpointError, match=rf"{module}\.{name} does not belong"):
         Reader(step).read_metadata()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "damage", ["truncated", "manifest", "state", "missing file", "half-written", "latest names nothing"]
+)
+def test_a_damaged_step_is_set_aside_and_the_one_before_taken(tmp_path: Path, damage: str) -> None:
+    run = RunFolder(tmp_path)
+    good, step = _save(run.checkpoints, 10), _save(run.checkpoints, 20)
+    (data,) = step.glob("*.distcp")
+    if damage == "truncated":
+        data.write_bytes(data.read_bytes()[:-3])
+    elif damage == "manifest":
+        (step / "manifest.json").write_text('{"files": ')
+    elif damage == "state":
+        (step / "state.json").write_text("{}")
+    elif damage == "missing file":
+        data.unlink()
+    elif damage == "half-written":
+        (step / "manifest.json").unlink()
+    else:
+        (run.checkpoints / "latest").write_text("step-00000030\n")
+    named = run.resume_point()
+    assert named is not None
+    with pytest.raises(CheckpointError) as caught:
+        verify_checkpoint(named, single_process_context())
+    assert named.name in str(caught.value)
+    expected = step if damage == "latest names nothing" else good
+    assert run.step_back(named, caught.value) == expected
+    assert run.resume_point() == expected
+    verify_checkpoint(expected, single_process_context())
+    assert step.with_name(f"{step.name}.damaged").exists() == (expected == good)
+    (data,) = expected.glob("*.distcp")
+    data.unlink()
+    if expected == good:  # nothing before it: no silent start from random weights
+        with pytest.raises(CheckpointError, match="is missing"):
+            run.step_back(good, CheckpointError("it is missing"))
 
 
 def test_another_model_is_refused_field_by_field() -> None:
