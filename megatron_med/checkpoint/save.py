@@ -67,7 +67,8 @@ class CheckpointSaver:
         self._world = context.world
         if asynchronous and context.world.group is not None:
             world = context.world
-            self._world = Axis(world.size, world.rank, world.ranks, dist.new_group(backend="gloo"))
+            own_group = dist.new_group(backend="gloo", timeout=context.timeout)
+            self._world = Axis(world.size, world.rank, world.ranks, own_group)
         self._staged: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None

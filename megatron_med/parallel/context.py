@@ -8,7 +8,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from megatron_med.config import ParallelConfig
@@ -17,7 +16,7 @@ from megatron_med.parallel.roll_call import RollCall
 from megatron_med.parallel.weight_products import WeightProducts
 
 GRID = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
-"""Mesh dimensions, outermost first: tp is innermost so that it stays inside a node."""
+"""Dimensions of the grid, outermost first: tp is innermost so that it stays inside a node."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,10 @@ class ParallelContext:
             wait behind activations travelling forward.
         pp_wrap, pp_wrap_backward: the same again for the way from the last stage to the first one's next chunk:
             with two stages it runs between the same two ranks in the opposite direction.
-        mesh: the same groups as a DeviceMesh; None without a process group.
         grid: all ranks as ``[pp, dp_replicate, dp_shard, cp, tp]``.
         sequence_parallel: activations between matrix products are cut along the sequence.
         overlap: which communication runs beside computation.
+        timeout: how long a collective may wait; None: the backend's own.
         weight_products: runs this rank's weight-gradient products, or keeps them for later.
     """
 
@@ -73,9 +72,9 @@ class ParallelContext:
     cp: Axis = Axis()
     embedding: Axis = Axis()
     sequence_parallel: bool = False
-    mesh: DeviceMesh | None = None
     grid: torch.Tensor | None = None
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
+    timeout: timedelta | None = None
     weight_products: WeightProducts = field(default_factory=WeightProducts)
 
     @property
@@ -103,43 +102,91 @@ def start_process_group(timeout: timedelta) -> tuple[torch.device, RollCall]:
     rank, world_size = 0, 1
     store: dist.Store = dist.HashStore()
     if "RANK" in os.environ:
-        store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = _rendezvous_store(rank, world_size, timeout)
         await_all_ranks(dist.PrefixStore("preflight", store), rank, world_size, timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return device, RollCall(dist.PrefixStore("roll_call", store), rank, world_size)
 
 
-def create_context(config: ParallelConfig, device: torch.device) -> ParallelContext:
-    """Cuts the world into the grid of ``config``. Needs an initialised process group."""
+def _rendezvous_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """torchrun's store, or one that rank 0 opens. The latter must not wait for everybody: it could not say for whom."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(rendezvous("env://", timeout=timeout))
+        return store
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    try:
+        return dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
+    except RuntimeError as error:
+        raise RuntimeError(f"rank 0 did not answer at {host}:{port} within {timeout}") from error
+
+
+def create_context(config: ParallelConfig, device: torch.device, timeout: timedelta | None = None) -> ParallelContext:
+    """Cuts the world into the grid of ``config``. Needs an initialised process group.
+
+    Args:
+        config: sizes of the axes.
+        device: of this rank.
+        timeout: how long a collective of any group may wait; None: the backend's own.
+    """
     world_size = dist.get_world_size()
     unit = config.tensor * config.pipeline * config.context
     assert world_size % unit == 0, f"world size {world_size} is not a multiple of {unit}: validate() missed it"
     dp = world_size // unit
     shape = (config.pipeline, config.replicate, dp // config.replicate, config.context, config.tensor)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=GRID)
-    axes = {name: _axis(mesh[name].get_group(), mesh[name].size()) for name in GRID}
+    grid = _Grid(torch.arange(world_size).view(shape), timeout)
     wraps = config.virtual_stages > 1
-    data = mesh["dp_replicate", "dp_shard", "cp"]._flatten("dp")
-    world = dist.group.WORLD
-    assert world is not None, "the process group is not initialised"
+    pp = grid.axis("pp")
     return ParallelContext(
         device=device,
-        world=_axis(world, world_size),
-        tp=axes["tp"],
-        pp=axes["pp"],
-        pp_backward=_another_pipeline_axis(mesh, axes["pp"]),
-        pp_wrap=_another_pipeline_axis(mesh, axes["pp"]) if wraps else Axis(),
-        pp_wrap_backward=_another_pipeline_axis(mesh, axes["pp"]) if wraps else Axis(),
-        dp=_axis(data.get_group(), data.size()),
-        dp_shard=axes["dp_shard"],
-        dp_replicate=axes["dp_replicate"],
-        cp=axes["cp"],
-        embedding=_embedding_axis(mesh, axes["pp"]),
+        world=Axis(world_size, dist.get_rank(), tuple(range(world_size)), dist.group.WORLD if world_size > 1 else None),
+        tp=grid.axis("tp"),
+        pp=pp,
+        pp_backward=grid.axis("pp"),
+        pp_wrap=grid.axis("pp") if wraps else Axis(),
+        pp_wrap_backward=grid.axis("pp") if wraps else Axis(),
+        dp=grid.axis("dp_replicate", "dp_shard", "cp"),
+        dp_shard=grid.axis("dp_shard"),
+        dp_replicate=grid.axis("dp_replicate"),
+        cp=grid.axis("cp"),
+        embedding=grid.ends_of_pipelines() if pp.size > 2 else pp,
         sequence_parallel=config.sequence_parallel and config.tensor > 1,
-        mesh=mesh,
-        grid=mesh.mesh,
+        grid=grid.ranks,
         overlap=config.overlap,
+        timeout=timeout,
     )
+
+
+class _Grid:
+    """Slices of ``[pp, dp_replicate, dp_shard, cp, tp]`` as process groups."""
+
+    def __init__(self, ranks: torch.Tensor, timeout: timedelta | None) -> None:
+        self.ranks = ranks
+        self._timeout = timeout
+
+    def axis(self, *names: str) -> Axis:
+        """The ranks that differ from this one in the named dimensions only, with a new group."""
+        return self._own_group(self._lines(*names))
+
+    def ends_of_pipelines(self) -> Axis:
+        """First and last stage; a single rank on the stages between."""
+        return self._own_group([[line[0], line[-1]] for line in self._lines("pp")])
+
+    def _lines(self, *names: str) -> list[list[int]]:
+        """Every set of ranks that differ in the named dimensions only."""
+        dims = [GRID.index(name) for name in names]
+        last = self.ranks.movedim(dims, list(range(-len(dims), 0)))
+        return last.flatten(-len(dims)).flatten(0, -2).tolist()
+
+    def _own_group(self, lines: list[list[int]]) -> Axis:
+        if len(lines[0]) == 1:
+            return Axis(ranks=(dist.get_rank(),))
+        own = Axis(ranks=(dist.get_rank(),))
+        for line in lines:  # every rank takes part in making every group
+            group = dist.new_group(line, timeout=self._timeout)
+            if dist.get_rank() in line:
+                own = Axis(len(line), line.index(dist.get_rank()), tuple(line), group)
+        return own
 
 
 def await_all_ranks(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
@@ -175,34 +222,3 @@ def preflight(context: ParallelContext) -> None:
             total = one.clone()
             dist.all_reduce(total, group=axis.group)
             assert total.item() == axis.size, f"ranks {axis.ranks}: {total.item()} of {axis.size} answered"
-
-
-def _axis(group: dist.ProcessGroup, size: int) -> Axis:
-    ranks = tuple(dist.get_process_group_ranks(group))
-    return Axis(size, dist.get_group_rank(group, dist.get_rank()), ranks, group if size > 1 else None)
-
-
-def _pipelines(mesh: DeviceMesh) -> list[list[int]]:
-    """The ranks of every pipeline, first to last stage."""
-    grid = mesh.mesh
-    return grid.flatten(1).t().tolist()
-
-
-def _another_pipeline_axis(mesh: DeviceMesh, pp: Axis) -> Axis:
-    if pp.size == 1:
-        return Axis()
-    group, _ = dist.new_subgroups_by_enumeration(_pipelines(mesh))
-    return _axis(group, pp.size)
-
-
-def _embedding_axis(mesh: DeviceMesh, pp: Axis) -> Axis:
-    """First and last stage. With two stages these are the whole pipeline; with one there is nobody to share with."""
-    if pp.size <= 2:
-        return pp
-    groups = [[ranks[0], ranks[-1]] for ranks in _pipelines(mesh)]
-    group = None
-    for ranks in groups:
-        candidate = dist.new_group(ranks)
-        if dist.get_rank() in ranks:
-            group = candidate
-    return _axis(group, 2) if group is not None else Axis()

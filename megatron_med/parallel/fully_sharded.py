@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from megatron_med.parallel.context import ParallelContext
+from megatron_med.parallel.context import Axis, ParallelContext
 from megatron_med.parallel.data_parallel import DataParallel, OwnedParameter
 from megatron_med.parallel.parameters import layout_of, parameters_with_layout
 
@@ -31,6 +33,7 @@ class FullyShardedDataParallel(DataParallel):
         super().__init__(context, cuts_slices=True)
         self._chunks = chunks
         self._in_pipeline = context.pp.size > 1
+        self._mesh = _mesh(context)
         for chunk in chunks:
             self._wrap(chunk, dtype)
         self.owned = [
@@ -42,10 +45,8 @@ class FullyShardedDataParallel(DataParallel):
     def _wrap(self, chunk: nn.Module, dtype: torch.dtype) -> None:
         chunk.float()
         layouts = {name: layout_of(parameter) for name, parameter in chunk.named_parameters()}
-        assert self.context.mesh is not None, "full sharding needs a process group"
-        names = ("dp_replicate", "dp_shard") if self.context.dp_replicate.size > 1 else ("dp_shard",)
         options: dict[str, Any] = {
-            "mesh": self.context.mesh[names],
+            "mesh": self._mesh,
             # Micro-batches overlap in a pipeline: gathering again for each of them would cost more than it saves.
             "reshard_after_forward": not self._in_pipeline,
             "shard_placement_fn": lambda parameter: Shard(layout_of(parameter).dp_dim),
@@ -83,6 +84,21 @@ class FullyShardedDataParallel(DataParallel):
 
     def await_weights(self) -> None:
         """Nothing to wait for: each layer gathers its weights itself."""
+
+
+def _mesh(context: ParallelContext) -> DeviceMesh:
+    """The ranks that cut (and replicate) this stage, as FSDP2 wants to see them."""
+    assert context.grid is not None, "full sharding needs a process group"
+    pp, cp, tp = context.pp.rank, context.cp.rank, context.tp.rank
+    ranks = context.grid[pp, :, :, cp, tp]
+    if context.dp_replicate.size == 1:
+        return DeviceMesh.from_group(_group(context.dp_shard), context.device.type, mesh_dim_names=("dp_shard",))
+    groups = [_group(context.dp_replicate), _group(context.dp_shard)]
+    return DeviceMesh.from_group(groups, context.device.type, mesh=ranks, mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
+def _group(axis: Axis) -> dist.ProcessGroup:
+    return axis.group or dist.new_group(list(axis.ranks), use_local_synchronization=True)
 
 
 def _fsdp_modules(module: nn.Module) -> list[FSDPModule]:

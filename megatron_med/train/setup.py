@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -83,7 +84,7 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     Raises:
         UserError: data, run folder or checkpoint do not fit the configuration.
     """
-    context = create_context(config.parallel, device)
+    context = create_context(config.parallel, device, timedelta(minutes=config.train.timeout_minutes))
     preflight(context)
     _on_first_rank(context, folder.claim)
     model, data, train = config.model, config.data, config.train

@@ -26,6 +26,11 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in drop} | {"OMP_NUM_THREADS": "1"}
 
 
+def python_path() -> str:
+    """The interpreter that the tests run with."""
+    return sys.executable
+
+
 def python(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """``python ARGUMENTS`` in the repository."""
     command = [sys.executable, *map(str, arguments)]
@@ -72,11 +77,16 @@ def torchrun_command(ranks: int, *arguments: object) -> list[str]:
 
 
 @contextmanager
-def started(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def started(command: list[str], log: Path, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """A process group in the background; whatever is left of it at the end is killed."""
     with log.open("wb") as output:
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment(), stdout=output, stderr=output, start_new_session=True
+            command,
+            cwd=REPOSITORY,
+            env=environment() | (env or {}),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
         try:
             yield process

@@ -1,0 +1,217 @@
+"""Ranks that die, hang or never come: the run ends cleanly, names them, and goes on bitwise as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from megatron_med.checkpoint.folder import complete_steps, resolve_checkpoint
+from megatron_med.checkpoint.storage import Reader
+from tests.cli.processes import (
+    TIMEOUT,
+    descendants,
+    environment,
+    python_path,
+    read_metrics,
+    started,
+    torchrun_command,
+    wait_for_step,
+)
+from tests.conftest import REPOSITORY
+from tests.ranks import free_port
+
+TRAIN = ("-m", "megatron_med.train")
+KILLS = 20
+
+
+@pytest.fixture
+def config(tmp_path: Path, sample_data: Path) -> Path:
+    """A small GPT-2 with dropout: masks, order of samples and optimizer state must all come back."""
+    tree: dict[str, Any] = {
+        "model": {"preset": "gpt2-tiny", "vocab_size": 512, "hidden_dropout": 0.1},
+        "data": {"sequence_length": 64, "train": [{"path": str(sample_data)}]},
+        "train": {"steps": 130, "global_batch_size": 8, "output_dir": str(tmp_path / "run"), "seed": 3},
+        "parallel": {"pipeline": 2},
+        "checkpoint": {"interval": 5, "keep": 3},
+        "logging": {"tensorboard": False},
+        "precision": "fp32",
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def _workers(launcher: int) -> list[int]:
+    """Process ids of the ranks below a launcher."""
+    found = []
+    for pid in descendants(launcher):
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"megatron_med.train" in command and b"torch.distributed.run" not in command:
+            found.append(pid)
+    return found
+
+
+def _final(run: Path) -> dict[str, np.ndarray]:
+    reader = Reader(resolve_checkpoint(run))
+    return {name: reader.read(name).numpy() for name in reader.shapes()}
+
+
+@pytest.mark.timeout(900)
+def test_twenty_kills_leave_the_final_weights_bitwise_equal(config: Path, tmp_path: Path) -> None:
+    """A random rank is killed at random moments: while starting, training, saving. torchrun restarts both."""
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    command = torchrun_command(2, *TRAIN, config, "--train.output_dir", whole)
+    subprocess.run(command, env=environment(), cwd=REPOSITORY, timeout=TIMEOUT, check=True, capture_output=True)
+
+    chance = random.Random(5)
+    log = tmp_path / "log"
+    options = ("--max-restarts", KILLS + 5, "--monitor-interval", 0.1)
+    command = torchrun_command(2, *options, *TRAIN, config, "--train.output_dir", broken)
+    kills, ends = 0, []
+    with started(command, log) as process:
+        before: set[int] = set()
+        while kills < KILLS:
+            workers = _await_workers(process, before, log)
+            _await_moment(chance, broken, process)
+            victim = chance.choice(workers)
+            os.kill(victim, signal.SIGKILL)
+            killed_at = time.monotonic()
+            _await_gone(workers, process)
+            ends.append(time.monotonic() - killed_at)
+            before |= set(workers)
+            kills += 1
+        assert process.wait(timeout=TIMEOUT) == 0, log.read_text()[-3000:]
+    assert max(ends) < 20, f"survivors took {max(ends):.1f} s to end"
+    assert [line["step"] for line in read_metrics(broken)] == list(range(1, 131))
+    assert [line["loss"] for line in read_metrics(broken)] == [line["loss"] for line in read_metrics(whole)]
+    expected, actual = _final(whole), _final(broken)
+    assert expected.keys() == actual.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(actual[name], values, err_msg=name)
+    assert not list((broken / "checkpoints").glob("*.partial"))
+    assert not list((broken / "checkpoints").glob("*.damaged")), "no checkpoint was ever half-written"
+    assert json.loads((broken / "exit.json").read_text())["code"] == 0
+
+
+def _await_workers(process: subprocess.Popen[bytes], before: set[int], log: Path) -> list[int]:
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        workers = [pid for pid in _workers(process.pid) if pid not in before]
+        if len(workers) == 2:
+            return workers
+        assert process.poll() is None, f"the run ended before it was killed often enough:\n{log.read_text()[-3000:]}"
+        time.sleep(0.02)
+    raise TimeoutError("torchrun started no new ranks")
+
+
+def _await_moment(chance: random.Random, run: Path, process: subprocess.Popen[bytes]) -> None:
+    """One kill in five falls into the start-up; the others some steps on, and up to 50 ms later."""
+    if chance.random() < 0.2:
+        time.sleep(chance.uniform(0, 4))
+        return
+    metrics = read_metrics(run)
+    target = (metrics[-1]["step"] if metrics else 0) // 5 * 5 + chance.randint(1, 6)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        metrics = read_metrics(run)
+        if metrics and metrics[-1]["step"] >= target:
+            break
+        time.sleep(0.005)
+    time.sleep(chance.uniform(0, 0.05))
+
+
+def _await_gone(pids: list[int], process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline, "a survivor hangs"
+        assert process.poll() is None or not _workers(process.pid)
+        time.sleep(0.02)
+
+
+def test_a_rank_that_hangs_is_named_within_the_timeout(config: Path, tmp_path: Path) -> None:
+    """Rank 2 stops answering, as on a host that swaps or a device that hangs."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    grid = ("--parallel.pipeline", 2, "--train.timeout_minutes", 0.1, "--train.steps", 100000)
+    command = torchrun_command(4, "--shutdown-timeout", 2, *TRAIN, config, *grid)
+    with started(command, log) as process:
+        wait_for_step(run, 3, process, log)
+        hanging = _workers_by_rank(process.pid)[2]
+        os.kill(hanging, signal.SIGSTOP)
+        stopped = time.monotonic()
+        assert process.wait(timeout=90) == 1
+        seconds = time.monotonic() - stopped
+    text = log.read_text()
+    assert text.count("error: rank 2 did not answer (train.timeout_minutes is 0:00:06): hangs or has died.") == 1, text
+    assert seconds < 45, f"the others took {seconds:.0f} s to end"
+    record = json.loads((run / "exit.json").read_text())
+    assert record["code"] == 1
+    assert record["reason"].startswith("rank 2 did not answer")
+
+
+def _workers_by_rank(launcher: int) -> dict[int, int]:
+    ranks = {}
+    for pid in _workers(launcher):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        (rank,) = (int(v.split(b"=")[1]) for v in variables if v.startswith(b"RANK="))
+        ranks[rank] = pid
+    return ranks
+
+
+def test_ranks_that_never_come_are_named(config: Path) -> None:
+    """Two of three ranks are started, as when a node does not boot."""
+    port = str(free_port())
+    variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0"}
+    command = [python_path(), *map(str, TRAIN), str(config), "--train.timeout_minutes", "0.1"]
+    command += ["--parallel.pipeline", "1", "--train.global_batch_size", "9"]
+    processes = [
+        subprocess.Popen(
+            command, env=environment() | variables | {"RANK": rank}, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+        )
+        for rank in ("0", "2")
+    ]
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+        assert [process.returncode for process in processes] == [1, 1]
+        assert "ranks [1] of 3 did not start within 0:00:06" in errors[0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def test_the_launch_script_starts_again_after_a_kill_and_not_after_bad_input(config: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    script = ["bash", str(REPOSITORY / "tools" / "launch.sh"), "--standalone", "--nproc-per-node", "2", "--"]
+    quick = {"MEGATRON_MED_RESTART_DELAY": "0", "MEGATRON_MED_PYTHON": python_path()}
+    with started([*script, str(config), "--train.steps", "60"], log, quick) as process:
+        wait_for_step(run, 12, process, log)
+        os.kill(_workers(process.pid)[0], signal.SIGKILL)
+        assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
+    text = log.read_text()
+    assert text.count("launch.sh: torchrun ended with 1; starting again") == 1
+    assert "loaded" in text
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, 61))
+
+    with started([*script, str(config), "--train.steps", "100000"], log, quick) as process:
+        wait_for_step(run, 63, process, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 75
+    assert complete_steps(run / "checkpoints")[-1] == read_metrics(run)[-1]["step"]
+
+    refused = [*script, str(config), "--model.num_layers", "3"]
+    done = subprocess.run(refused, env=environment() | quick, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert "starting again" not in done.stderr
