@@ -8,10 +8,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from megatron_med.config import ParallelConfig
 from megatron_med.config.schema import OverlapConfig
+from megatron_med.parallel.rendezvous import meet
 from megatron_med.parallel.roll_call import RollCall
 from megatron_med.parallel.weight_products import WeightProducts
 
@@ -99,26 +99,9 @@ def start_process_group(timeout: timedelta) -> tuple[torch.device, RollCall]:
     if use_cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    rank, world_size = 0, 1
-    store: dist.Store = dist.HashStore()
-    if "RANK" in os.environ:
-        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = _rendezvous_store(rank, world_size, timeout)
-        await_all_ranks(dist.PrefixStore("preflight", store), rank, world_size, timeout)
+    store, rank, world_size = meet(timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return device, RollCall(dist.PrefixStore("roll_call", store), rank, world_size)
-
-
-def _rendezvous_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """torchrun's store, or one that rank 0 opens. The latter must not wait for everybody: it could not say for whom."""
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store, _, _ = next(rendezvous("env://", timeout=timeout))
-        return store
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    try:
-        return dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout, wait_for_workers=False)
-    except RuntimeError as error:
-        raise RuntimeError(f"rank 0 did not answer at {host}:{port} within {timeout}") from error
 
 
 def create_context(config: ParallelConfig, device: torch.device, timeout: timedelta | None = None) -> ParallelContext:
@@ -187,21 +170,6 @@ class _Grid:
             if dist.get_rank() in line:
                 own = Axis(len(line), line.index(dist.get_rank()), tuple(line), group)
         return own
-
-
-def await_all_ranks(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> None:
-    """Waits in the rendezvous store, before any connection is made, until every rank has come.
-
-    Raises:
-        RuntimeError: names the ranks that did not come in time.
-    """
-    store.set(str(rank), "here")
-    everybody = [str(other) for other in range(world_size)]
-    try:
-        store.wait(everybody, timeout)
-    except RuntimeError as error:  # its own message is a list of keys
-        missing = [int(other) for other in everybody if not store.check([other])]
-        raise RuntimeError(f"ranks {missing} of {world_size} did not start within {timeout}") from error
 
 
 def preflight(context: ParallelContext) -> None:

@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
-import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_med.config import ParallelConfig
-from megatron_med.parallel.context import await_all_ranks, create_context, preflight
+from megatron_med.parallel.context import create_context, preflight
+from megatron_med.parallel.rendezvous import agree_on_start
 from tests.ranks import run_ranks
 
 
+def _meet(store: dist.Store, ranks: range, world_size: int, seconds: float = 20) -> dict[int, str]:
+    """What each rank hears, in threads."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        timeout = timedelta(seconds=seconds)
+        futures = {rank: pool.submit(agree_on_start, store, rank, world_size, timeout) for rank in ranks}
+    heard = {}
+    for rank, future in futures.items():
+        error = future.exception()
+        heard[rank] = str(error) if error else future.result()
+    return heard
+
+
 def test_missing_ranks_are_named() -> None:
+    for ranks in (range(2), range(1, 2)):
+        heard = _meet(dist.HashStore(), ranks, 4, 1.5)
+        missing = [rank for rank in range(4) if rank not in ranks]
+        expected = missing if 0 in ranks else [0]
+        assert heard[1] == f"ranks {expected} of 4 did not start within 0:00:01.500000"
+
+
+def test_a_restart_takes_nothing_from_the_start_before() -> None:
+    """torchrun keeps its store: answers, acknowledgements and the name of a killed start are still in it."""
     store = dist.HashStore()
-    store.set("2", "here")
-    with pytest.raises(RuntimeError, match=r"ranks \[1, 3\] of 4 did not start within 0:00:01"):
-        await_all_ranks(store, 0, 4, timedelta(seconds=1))
-    for rank in ("1", "3"):
-        store.set(rank, "here")
-    await_all_ranks(store, 0, 4, timedelta(seconds=1))
+    first = _meet(store, range(4), 4)
+    again = _meet(store, range(4), 4)
+    assert len(set(first.values())) == len(set(again.values())) == 1
+    assert first[0] != again[0]
+    assert _meet(store, range(1, 4), 4, 1.5)[2] == "ranks [0] of 4 did not start within 0:00:01.500000"
+    heard = _meet(store, range(3), 4, 1.5)
+    assert heard[0] == heard[1] == "ranks [3] of 4 did not start within 0:00:01.500000"
 
 
 def _probe() -> bool:
