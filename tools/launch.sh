@@ -11,6 +11,11 @@
 #   MEGATRON_MED_RESTARTS       failures in a row without a new checkpoint that are borne (100)
 #   MEGATRON_MED_RESTART_DELAY  seconds before the next start (10)
 #   MEGATRON_MED_SAVE_SECONDS   seconds that a signalled run may take to save (300)
+#   MEGATRON_MED_STUCK_SECONDS  seconds after which a torchrun whose ranks have all ended is killed: behind a cut link
+#                               it waits for its rendezvous far longer (60)
+#
+# Where a host does not know its own address by name, tell torchrun: --local-addr ADDRESS, and on the host of the
+# rendezvous --rdzv-conf is_host=true.
 set -uo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${MEGATRON_MED_PYTHON:-python}
@@ -22,7 +27,7 @@ while [ $# -gt 0 ] && [ "$1" != "--" ]; do
   shift
 done
 if [ $# -lt 2 ]; then
-  sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 fi
 shift
@@ -51,6 +56,26 @@ exit_code() {
 
 newest() { cat "$run/checkpoints/latest" 2>/dev/null || true; }
 
+ranks_alive() { [ "$(cat "/proc/$torchrun/task/"*/children 2>/dev/null | wc -w)" -gt 0 ]; }
+
+# Returns when torchrun has ended.
+watch_torchrun() {
+  local had_ranks="" idle=0
+  while kill -0 "$torchrun" 2>/dev/null; do
+    sleep 1 &
+    wait $! # a trapped signal interrupts wait, not sleep
+    if ranks_alive; then
+      had_ranks=1 idle=0
+    elif [ -n "$had_ranks" ]; then
+      idle=$((idle + 1))
+      if [ "$idle" -ge "${MEGATRON_MED_STUCK_SECONDS:-60}" ]; then
+        echo "launch.sh: torchrun is stuck: its ranks ended $idle s ago. Killing it." >&2
+        kill -9 "$torchrun"
+      fi
+    fi
+  done
+}
+
 stamp=$(mktemp)
 trap 'rm -f "$stamp"' EXIT
 failures=0
@@ -62,7 +87,7 @@ while true; do
     --shutdown-timeout "${MEGATRON_MED_SAVE_SECONDS:-300}" \
     -m megatron_med.train "$@" &
   torchrun=$!
-  while kill -0 "$torchrun" 2>/dev/null; do wait "$torchrun"; done # a trapped signal interrupts wait
+  watch_torchrun
   wait "$torchrun"
   status=$? torchrun=""
   [ "$status" -ne 0 ] || exit 0
@@ -75,7 +100,7 @@ while true; do
     exit "$code"
   fi
   echo "launch.sh: torchrun ended with $status; starting again in ${MEGATRON_MED_RESTART_DELAY:-10} s" \
-    "from ${before:-step 0} or later." >&2
+    "from $(newest | grep . || echo 'step 0')." >&2
   sleep "${MEGATRON_MED_RESTART_DELAY:-10}"
   [ -z "$signalled" ] || exit 75
 done

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -36,15 +37,21 @@ class RollCall:
             Ranks without an answer, as far as the store can still be asked.
         """
         silent: list[int] = []
+        asking = threading.Thread(target=self._ask, args=(silent, patience, is_hurried), daemon=True)
+        asking.start()
+        asking.join(2 * patience.total_seconds())  # a store behind a cut link does not even time out
+        return list(silent)
+
+    def _ask(self, silent: list[int], patience: timedelta, is_hurried: Callable[[], bool]) -> None:
         with suppress(RuntimeError, OSError):  # the store goes with the launcher
             self._store.set(str(self._rank), "here")
             start = time.monotonic()
-            while silent := [rank for rank in range(self._world_size) if not self._store.check([str(rank)])]:
+            while True:
+                silent[:] = [rank for rank in range(self._world_size) if not self._store.check([str(rank)])]
                 limit = patience.total_seconds() * (0.1 if is_hurried() else 1)
-                if time.monotonic() - start > limit:
+                if not silent or time.monotonic() - start > limit:
                     break
                 time.sleep(_POLL_SECONDS)
-        return silent
 
     def speaks(self, silent: list[int]) -> bool:
         """Whether this rank is the one to tell: the first that answered."""
