@@ -43,18 +43,21 @@ def cached_arrays(folder: Path, ingredients: Mapping[str, Any], build: Callable[
     """
     key = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
     entry = folder / key
+    arrays = _read(entry)  # without the lock: entries appear in one piece, and ranks need not queue to check them
+    if arrays is not None:
+        return arrays
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / f"{key}.lock"):
             arrays = _read(entry)
             if arrays is None:
-                _write(entry, build(), ingredients)
-                arrays = _read(entry)
+                arrays = build()
+                _write(entry, arrays, ingredients)
     except OSError as error:
-        _log.warning("The index cache %s cannot be used (%s); indices are kept in memory.", folder, error)
-        return _read(entry) or build()
-    assert arrays is not None, "an entry that was just written can be read"
-    return arrays
+        free = f", {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free" if folder.is_dir() else ""
+        _log.warning("The index cache %s cannot be written (%s%s); indices are kept in memory.", folder, error, free)
+        return arrays if arrays is not None else build()
+    return _read(entry) or arrays
 
 
 def _read(entry: Path) -> Arrays | None:
@@ -71,16 +74,21 @@ def _read(entry: Path) -> Arrays | None:
 
 
 def _write(entry: Path, arrays: Arrays, ingredients: Mapping[str, Any]) -> None:
+    """Under the entry's lock: whatever half-written folder is there belongs to a builder that is no more."""
+    for leftover in entry.parent.glob(f"{entry.name}.*.partial"):
+        shutil.rmtree(leftover, ignore_errors=True)
     partial = entry.with_name(f"{entry.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, array in arrays.items():
-        np.save(partial / f"{name}.npy", array)
-    checksums = {name: _sha256(partial / f"{name}.npy") for name in arrays}
-    manifest = {"ingredients": dict(ingredients), "sha256": checksums}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
-    shutil.rmtree(entry, ignore_errors=True)
-    os.replace(partial, entry)
+    try:
+        partial.mkdir()
+        for name, array in arrays.items():
+            np.save(partial / f"{name}.npy", array)
+        checksums = {name: _sha256(partial / f"{name}.npy") for name in arrays}
+        manifest = {"ingredients": dict(ingredients), "sha256": checksums}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        shutil.rmtree(entry, ignore_errors=True)
+        os.replace(partial, entry)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 
 from megatron_med.data import index as index_module
 from megatron_med.data.blend import BlendedDataset
-from megatron_med.data.cache import cached_arrays
 from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.index import build_blending_index, build_sample_index, integer_weights
 from megatron_med.data.indexed import IndexedDataset, IndexedDatasetWriter, smallest_dtype
@@ -280,31 +279,6 @@ def test_no_sample_is_read_twice_or_lost(dp: int, micro: int, rounds: int, consu
     assert len({len(places) for places in ranks}) == 1
     samples = sorted(sample for places in ranks for place in places for sample in place.samples)
     assert samples == list(range(consumed, consumed + batch))
-
-
-def test_damaged_cache_is_built_again(tmp_path: Path) -> None:
-    builds = []
-
-    def build() -> dict[str, Any]:
-        builds.append(1)
-        return {"a": np.arange(10)}
-
-    for _ in range(2):
-        np.testing.assert_array_equal(cached_arrays(tmp_path, {"x": 1}, build)["a"], np.arange(10))
-    assert len(builds) == 1
-    (array,) = tmp_path.glob("*/a.npy")
-    raw = array.read_bytes()
-    array.write_bytes(raw[:-1] + b"\x55")
-    np.testing.assert_array_equal(cached_arrays(tmp_path, {"x": 1}, build)["a"], np.arange(10))
-    assert len(builds) == 2
-    cached_arrays(tmp_path, {"x": 2}, build)
-    assert len(builds) == 3
-
-
-def test_cache_that_cannot_be_written_keeps_indices_in_memory(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("not a folder")
-    arrays = cached_arrays(tmp_path / "file" / "cache", {"x": 1}, lambda: {"a": np.arange(3)})
-    np.testing.assert_array_equal(arrays["a"], np.arange(3))
 
 
 def test_nothing_is_written_beside_the_data(small: Path, tmp_path: Path) -> None:
