@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -52,6 +53,20 @@ def sample_data(tmp_path_factory: pytest.TempPathFactory, sample_tokenizer: Path
     prefix = tmp_path_factory.mktemp("data") / "sample"
     preprocess(PreprocessOptions([SAMPLE], prefix, str(sample_tokenizer), append_eod=True))
     return prefix
+
+
+@pytest.fixture(scope="session")
+def sentence_data(tmp_path_factory: pytest.TempPathFactory, sample_tokenizer: Path) -> Path:
+    """The quickstart corpus with every sentence as a document: several of them share a sample of 32 tokens."""
+    from megatron_med.data.jsonl import read_lines, text_of
+    from megatron_med.data.preprocess import PreprocessOptions, preprocess
+
+    folder = tmp_path_factory.mktemp("sentences")
+    sentences = [part for line in read_lines([SAMPLE]) for part in text_of(line, "text").split(". ") if part.strip()]
+    (folder / "s.jsonl").write_text("".join(json.dumps({"text": part[:60]}) + "\n" for part in sentences))
+    options = PreprocessOptions([folder / "s.jsonl"], folder / "sentences", str(sample_tokenizer), append_eod=True)
+    preprocess(options)
+    return folder / "sentences"
 
 
 @pytest.fixture(autouse=True, scope="session")

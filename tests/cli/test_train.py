@@ -249,6 +249,36 @@ def test_non_finite_gradients_are_skipped_then_stop_the_run_by_name(config: Path
     assert metrics[0]["loss"] is None, "NaN is no JSON"
 
 
+def test_fp16_finds_its_loss_scale_and_a_resumed_run_keeps_it(config: Path, tmp_path: Path) -> None:
+    """Overflows lower the scale; they are skipped and counted, but do not stop the run while lowering helps."""
+    fp16 = ("--precision", "fp16", "--optimizer.initial_loss_scale", 2**27, "--optimizer.loss_scale_window", 8)
+    whole, broken = ("--train.output_dir", tmp_path / "whole"), ("--train.output_dir", tmp_path / "broken")
+    options = (*fp16, "--train.max_skipped_steps", 1, "--optimizer.name", "decoupled_adamw")
+    assert train_forked(config, *options, *whole, "--train.steps", 30).returncode == 0
+    metrics = read_metrics(tmp_path / "whole")
+    skipped = next(place for place, line in enumerate(metrics) if not line["skipped"])
+    assert skipped >= 3
+    assert [line["loss_scale"] for line in metrics[: skipped + 1]] == [2**27 / 2**step for step in range(skipped + 1)]
+    assert metrics[skipped + 8]["loss_scale"] == 2 * metrics[skipped]["loss_scale"], "doubled after the window"
+    assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.1
+
+    assert train_forked(config, *options, *broken, "--train.steps", skipped + 4).returncode == 0
+    assert train_forked(config, *options, *broken, "--train.steps", 30).returncode == 0
+    again = read_metrics(tmp_path / "broken")
+    assert [line["loss_scale"] for line in again] == [line["loss_scale"] for line in metrics]
+    assert [line["loss"] for line in again] == [line["loss"] for line in metrics]
+
+
+def test_the_initial_learning_rate_stays_that_of_the_first_start(config: Path, tmp_path: Path) -> None:
+    options = ("--optimizer.name", "decoupled_adamw", "--optimizer.weight_decay", 0.01)
+    assert train_forked(config, *options, "--train.steps", 2).returncode == 0
+    changed = ("--optimizer.lr", 4e-3, "--lr_schedule.name", "constant", "--train.steps", 4)
+    assert train_forked(config, *options, *changed).returncode == 0
+    for step in (2, 4):
+        state = json.loads((tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
+        assert state["initial_lr"] == 1e-3
+
+
 def _poison(step: Path, name: str) -> None:
     """Saves a checkpoint again with one weight that is not a number."""
     import torch

@@ -39,9 +39,9 @@ def _alone(prefix: Path, family: str, isolate_documents: bool, precision: str) -
 
 
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
-def test_a_combination_trains_like_one_process(sample_data: Path, row: Combination) -> None:
-    alone = _alone(sample_data, row.family, row.isolate_documents, "fp32")
-    grid = gather(run_ranks(row.ranks, train_ranks, row.config(sample_data)))
+def test_a_combination_trains_like_one_process(sentence_data: Path, row: Combination) -> None:
+    alone = _alone(sentence_data, row.family, row.isolate_documents, "fp32")
+    grid = gather(run_ranks(row.ranks, train_ranks, row.config(sentence_data)))
     assert alone.losses[-1] < alone.losses[0] - 0.3, "the model does not learn: equal losses would prove nothing"
     np.testing.assert_allclose(grid.losses, alone.losses, rtol=LOSS_BOUND)
     np.testing.assert_allclose(grid.norms[0], alone.norms[0], rtol=1e-5)
@@ -52,11 +52,11 @@ def test_a_combination_trains_like_one_process(sample_data: Path, row: Combinati
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("row", HALF, ids=lambda row: row.name)
 def test_a_half_precision_combination_stays_near_one_process(
-    sample_data: Path, row: Combination, precision: str
+    sentence_data: Path, row: Combination, precision: str
 ) -> None:
     loss_bound, gradient_bound = HALF_BOUNDS[precision]
-    alone = _alone(sample_data, row.family, row.isolate_documents, precision)
-    grid = gather(run_ranks(row.ranks, train_ranks, row.config(sample_data, precision)))
+    alone = _alone(sentence_data, row.family, row.isolate_documents, precision)
+    grid = gather(run_ranks(row.ranks, train_ranks, row.config(sentence_data, precision)))
     assert alone.losses[-1] < alone.losses[0] - 0.3
     np.testing.assert_allclose(grid.losses, alone.losses, rtol=loss_bound)
     _assert_gradients_equal(grid, alone, gradient_bound)

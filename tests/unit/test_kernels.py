@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from megatron_med.config.schema import ModelConfig
 from megatron_med.kernels import functional as kernels
+from megatron_med.kernels import linear as products
 from megatron_med.model.rope import RotaryAngles
 
 
@@ -69,3 +70,31 @@ def test_attention_dropout_follows_its_seed() -> None:
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("shape", [(12, 6), (2, 5, 6)])
+def test_linear_products_equal_autograds(shape: tuple[int, ...]) -> None:
+    """Forward, input gradient and weight gradient; a 3-D weight is one matrix."""
+    x, weight = _random(7, 3, shape[-1]), _random(*shape, seed=1)
+    out = F.linear(x, weight.flatten(0, -2))
+    gradient = _random(*out.shape, seed=2).detach()
+    out.backward(gradient)
+    assert x.grad is not None
+    assert weight.grad is not None
+    torch.testing.assert_close(products.linear(x, weight), out)
+    torch.testing.assert_close(products.input_gradient(gradient, weight), x.grad)
+    torch.testing.assert_close(products.weight_gradient(gradient, x, weight), weight.grad)
+    total = torch.ones_like(weight)
+    products.accumulate_weight_gradient(gradient, x.detach(), total)
+    torch.testing.assert_close(total, weight.grad + 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weight_gradients_are_summed_in_fp32(dtype: torch.dtype) -> None:
+    """A thousand small contributions to a large sum: bf16 would lose every one of them."""
+    gradient, x = torch.full((1, 4, 8), 2.0**-6, dtype=dtype), torch.ones(1, 4, 6, dtype=dtype)
+    total = torch.full((8, 6), 512.0)
+    for _ in range(1000):
+        products.accumulate_weight_gradient(gradient, x, total)
+    assert (total == 512 + 1000 * 4 * 2.0**-6).all()
+    assert total.dtype == torch.float32
