@@ -106,6 +106,7 @@ def _metrics(run: Run, result: StepResult, lr: float, timer: StepTimer) -> Metri
     peak = peak_flops(run.context.device)
     return {
         "step": progress.step,
+        "time": time.time(),
         "loss": result.loss,
         "lr": lr,
         "grad_norm": result.gradient_norm,
@@ -113,7 +114,7 @@ def _metrics(run: Run, result: StepResult, lr: float, timer: StepTimer) -> Metri
         "tflops_per_device": flops / 1e12,
         "mfu": flops / peak if peak else None,
         "step_seconds": seconds,
-        **{f"{name}_seconds": spent for name, spent in timer.seconds.items()},
+        **{f"{name}_seconds": spent for name, spent in timer.seconds().items()},
         "memory_bytes": memory_bytes(run.context.device),
         "consumed_samples": progress.consumed_samples,
         "consumed_tokens": progress.consumed_samples * length,

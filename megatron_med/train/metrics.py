@@ -106,7 +106,7 @@ class TensorBoard:
 
     def report(self, metrics: Metrics) -> None:
         for name, value in metrics.items():
-            if isinstance(value, (int, float)) and name != "step":
+            if isinstance(value, (int, float)) and name not in ("step", "time"):
                 self._writer.add_scalar(name, value, metrics["step"])
 
     def close(self) -> None:

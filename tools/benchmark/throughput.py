@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from synthetic import make_config, make_step, random_ids, seconds_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_med.checkpoint.huggingface.config import to_huggingface
 from megatron_med.config.presets import PRESETS
-from megatron_med.config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from megatron_med.config.schema import ModelConfig
 from megatron_med.errors import run_command
-from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES
 from megatron_med.parallel.context import single_process_context
-from megatron_med.train.setup import build_machinery
-from megatron_med.train.step import train_step
-from megatron_med.train.timers import StepTimer
 
 
 def main() -> None:
@@ -38,16 +34,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = ModelConfig(**PRESETS[arguments.preset])
-    ids = torch.randint(model.vocab_size, (arguments.micro_batch_size, arguments.sequence_length + 1), device=device)
+    config = make_config(arguments.preset, arguments.sequence_length, arguments.micro_batch_size, arguments.precision)
+    ids = random_ids(config, device)
     contestants = {
-        "megatron_med": _ours(model, ids, arguments.precision, device),
-        "transformers": _theirs(model, ids, arguments.precision, device),
+        "megatron_med": make_step(config, single_process_context(device), ids)[1],
+        "transformers": _theirs(config.model, ids, arguments.precision, device),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for step in range(arguments.steps + 2):
         for name, run in contestants.items():
-            elapsed = _timed(run, device)
+            elapsed = seconds_of(run, device)
             if step >= 2:
                 seconds[name].append(elapsed)
     tokens = arguments.micro_batch_size * arguments.sequence_length
@@ -55,21 +51,6 @@ def main() -> None:
     for name, median in medians.items():
         print(f"{name:14} {tokens / median:10,.0f} tokens/s (median of {arguments.steps} steps)")
     print(f"ratio          {medians['transformers'] / medians['megatron_med']:10.3f}")
-
-
-def _ours(model: ModelConfig, ids: torch.Tensor, precision: str, device: torch.device) -> Callable[[], object]:
-    samples, length = ids.shape[0], ids.shape[1] - 1
-    config = Config(
-        model=model,
-        data=DataConfig(sequence_length=length),
-        train=TrainConfig(steps=1, global_batch_size=samples, output_dir="", micro_batch_size=samples),
-        precision=precision,  # type: ignore[arg-type]
-    )
-    machinery = build_machinery(config, single_process_context(device))
-    positions = torch.arange(length, device=device).expand(samples, -1)
-    mask = torch.ones(samples, length, device=device)
-    batch = MicroBatch(ids[:, :-1], ids[:, 1:], mask, positions)
-    return lambda: train_step(machinery, [batch], 1e-4, False, StepTimer(device))
 
 
 def _theirs(model: ModelConfig, ids: torch.Tensor, precision: str, device: torch.device) -> Callable[[], object]:
@@ -88,14 +69,6 @@ def _theirs(model: ModelConfig, ids: torch.Tensor, precision: str, device: torch
         return loss.item()
 
     return step
-
-
-def _timed(run: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""What only a GPU can show: fp32 sums inside half-precision products, and training over NCCL."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_med.config.presets import PRESETS
+from megatron_med.config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from megatron_med.kernels import linear as products
+from megatron_med.model.batch import MicroBatch
+from megatron_med.parallel.context import single_process_context
+from megatron_med.train.setup import build_machinery
+from megatron_med.train.step import train_step
+from megatron_med.train.timers import StepTimer
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(64, 32), (2, 48, 32)])
+def test_weight_gradients_are_summed_into_fp32_by_the_product(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    rows = torch.Size(shape).numel() // 32
+    gradient = torch.randn(128, 2, rows, device="cuda", dtype=dtype)
+    x = torch.randn(128, 2, 32, device="cuda", dtype=dtype)
+    total = torch.full(shape, 4096.0, device="cuda")
+    expected = total.double() + (gradient.double().flatten(0, 1).T @ x.double().flatten(0, 1)).view(shape)
+    products.accumulate_weight_gradient(gradient, x, total)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-3)  # bf16 sums would be off by 16
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gpu_trains_like_a_cpu(precision: str) -> None:
+    curves = []
+    for device in ("cpu", "cuda"):
+        config = Config(
+            model=ModelConfig(**PRESETS["llama-tiny"] | {"vocab_size": 256}),
+            data=DataConfig(sequence_length=64),
+            train=TrainConfig(steps=10, global_batch_size=4, output_dir="unused", seed=1),
+            precision=precision,  # type: ignore[arg-type]
+        )
+        config.parallel.sharding = "none"
+        config.optimizer.initial_loss_scale = 1024.0
+        machinery = build_machinery(config, single_process_context(torch.device(device)))
+        curves.append([_step(machinery, device) for _ in range(10)])
+    assert curves[0][-1] < curves[0][0] - 0.1
+    torch.testing.assert_close(
+        torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-3 if precision == "fp32" else 2e-2, atol=0
+    )
+
+
+def _step(machinery: object, device: str) -> float:
+    ids = (torch.arange(4 * 65).view(4, 65) * 7 % 256).to(device)
+    positions = torch.arange(64, device=device).expand(4, -1)
+    batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(4, 64, device=device), positions)
+    return train_step(machinery, [batch], 1e-3, False, StepTimer(torch.device(device))).loss  # type: ignore[arg-type]

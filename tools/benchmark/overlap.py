@@ -1,0 +1,84 @@
+"""What each overlap of communication and computation saves: step times with it off, as a ratio to all on.
+
+    torchrun --nproc-per-node 4 tools/benchmark/overlap.py --tensor 2 --preset llama-10m
+
+All settings take turns, step by step, in one run; medians over the slowest rank of each step are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from synthetic import make_config, make_step, random_ids, seconds_of
+
+from megatron_med.config.presets import PRESETS
+from megatron_med.config.schema import OverlapConfig, ParallelConfig
+from megatron_med.config.validate import validate
+from megatron_med.errors import ConfigError, run_command
+from megatron_med.parallel.collectives import all_reduce
+from megatron_med.parallel.context import create_context, start_process_group
+
+SETTINGS = {
+    "all on": OverlapConfig(),
+    "gradient_reduce off": OverlapConfig(gradient_reduce=False),
+    "weight_gather off": OverlapConfig(weight_gather=False),
+    "tensor off": OverlapConfig(tensor=False),
+    "pipeline off": OverlapConfig(pipeline=False),
+    "all off": OverlapConfig(False, False, False, False),
+}
+WARM_UP = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="llama-10m", choices=sorted(PRESETS))
+    parser.add_argument("--tensor", type=int, default=1)
+    parser.add_argument("--pipeline", type=int, default=1)
+    parser.add_argument("--schedule", default="1f1b", choices=("gpipe", "1f1b", "zero_bubble"))
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--micro-batches", type=int, default=4)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--steps", type=int, default=9)
+    arguments = parser.parse_args()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel = ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, schedule=arguments.schedule)
+    config = make_config(
+        arguments.preset, arguments.sequence_length, arguments.micro_batch_size, arguments.precision, parallel
+    )
+    config.train.global_batch_size *= world_size // (arguments.tensor * arguments.pipeline) or 1
+    faults = [fault for fault in validate(config, world_size) if "data.train" not in fault]
+    if faults:
+        raise ConfigError(faults)
+    device, _ = start_process_group(timedelta(minutes=10))
+    steps = {}
+    for name, overlap in SETTINGS.items():
+        config.parallel.overlap = overlap
+        context = create_context(config.parallel, device)
+        ids = random_ids(config, device, seed=context.dp.rank)
+        _, steps[name] = make_step(config, context, ids, arguments.micro_batches)
+    seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
+    for turn in range(arguments.steps + WARM_UP):
+        for name, step in steps.items():
+            slowest = all_reduce(
+                torch.tensor(seconds_of(step, device), device=device), context.world, dist.ReduceOp.MAX
+            )
+            if turn >= WARM_UP:
+                seconds[name].append(slowest.item())
+    if context.world.is_first:
+        base = statistics.median(seconds["all on"])
+        print(
+            f"{world_size} ranks, tensor {arguments.tensor}, pipeline {arguments.pipeline}: {base:.3f} s a step, all on"
+        )
+        for name, times in seconds.items():
+            print(f"{name:22} {statistics.median(times) / base:6.3f} of that time (median of {arguments.steps} steps)")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,89 @@
+"""How long training stands still for a checkpoint, and how much slower it goes while one is written.
+
+    torchrun --nproc-per-node 2 tools/benchmark/saving.py --preset llama-134m --folder /scratch/stall
+
+Saving at once and in the background take turns in one run. The copy in memory is the least that any stall can be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from synthetic import make_config, make_step, random_ids, seconds_of
+
+from megatron_med.checkpoint.folder import CheckpointState, step_folder
+from megatron_med.checkpoint.save import CheckpointSaver
+from megatron_med.checkpoint.views import optimizer_slices
+from megatron_med.config.presets import PRESETS
+from megatron_med.config.schema import ParallelConfig
+from megatron_med.errors import run_command
+from megatron_med.parallel.collectives import all_reduce
+from megatron_med.parallel.context import create_context, start_process_group
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="llama-10m", choices=sorted(PRESETS))
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--folder", type=Path, help="where checkpoints go (default: a temporary folder)")
+    parser.add_argument("--repeat", type=int, default=5)
+    arguments = parser.parse_args()
+    device, _ = start_process_group(timedelta(minutes=10))
+    context = create_context(ParallelConfig(), device)
+    config = make_config(arguments.preset, arguments.sequence_length, 1, arguments.precision)
+    machinery, step = make_step(config, context, random_ids(config, device, seed=context.dp.rank), 2)
+    folder = arguments.folder or Path(tempfile.gettempdir()) / "megatron_med-saving"
+    savers = {
+        "at once": CheckpointSaver(context, asynchronous=False, on_commit=lambda _: None),
+        "in the background": CheckpointSaver(context, asynchronous=True, on_commit=lambda _: None),
+    }
+    state = CheckpointState(model={})
+
+    def slowest(seconds: float) -> float:
+        return all_reduce(torch.tensor(seconds, device=device), context.world, dist.ReduceOp.MAX).item()
+
+    slices = optimizer_slices(machinery.optimizer)
+    buffers = [torch.empty_like(tensor, device="cpu") for tensor in slices.values()]
+    times: dict[str, list[float]] = {}
+
+    def note(name: str, seconds: float) -> None:
+        times.setdefault(name, []).append(slowest(seconds))
+
+    step()
+    for turn in range(arguments.repeat + 1):
+        for name, saver in savers.items():
+            note("step", seconds_of(step, device))
+            note("copy in memory", seconds_of(lambda: _copy(buffers, list(slices.values())), device))
+            start = time.perf_counter()
+            saver.save(step_folder(folder, turn), machinery.optimizer, state)
+            note(f"stall, saving {name}", time.perf_counter() - start)
+            note(f"step after saving {name}", seconds_of(step, device))
+            saver.wait()
+            note(f"committed after saving {name}", time.perf_counter() - start)
+        if turn == 0:
+            times.clear()  # the first background save makes its buffers
+    if context.world.is_first:
+        mine = sum(tensor.numel() * tensor.element_size() for tensor in slices.values())
+        print(f"{context.world.size} ranks, {mine / 1e6:,.0f} MB of state each")
+        for name, values in times.items():
+            print(f"{name:38} {statistics.median(values) * 1000:10,.0f} ms (median of {len(values)})")
+        shutil.rmtree(folder, ignore_errors=True)
+    dist.destroy_process_group()
+
+
+def _copy(buffers: list[torch.Tensor], tensors: list[torch.Tensor]) -> None:
+    for buffer, tensor in zip(buffers, tensors, strict=True):
+        buffer.copy_(tensor)
+
+
+if __name__ == "__main__":
+    run_command(main)

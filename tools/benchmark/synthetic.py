@@ -1,0 +1,63 @@
+"""Random batches and a run without files, for the benchmarks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from megatron_med.config.presets import PRESETS
+from megatron_med.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
+from megatron_med.model.batch import MicroBatch
+from megatron_med.parallel.context import ParallelContext
+from megatron_med.train.setup import build_machinery
+from megatron_med.train.step import Machinery, train_step
+from megatron_med.train.timers import StepTimer
+
+
+def make_config(
+    preset: str, sequence_length: int, micro_batch_size: int, precision: str, parallel: ParallelConfig | None = None
+) -> Config:
+    """A run of a preset that reads and writes no files."""
+    return Config(
+        model=ModelConfig(**PRESETS[preset]),
+        data=DataConfig(sequence_length=sequence_length),
+        train=TrainConfig(
+            steps=1, global_batch_size=micro_batch_size, output_dir="", micro_batch_size=micro_batch_size
+        ),
+        parallel=parallel or ParallelConfig(),
+        precision=precision,  # type: ignore[arg-type]
+    )
+
+
+def random_ids(config: Config, device: torch.device, seed: int = 0) -> torch.Tensor:
+    """``[micro_batch, sequence + 1]`` token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (config.train.micro_batch_size, config.data.sequence_length + 1)
+    return torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
+
+
+def make_batch(ids: torch.Tensor) -> MicroBatch:
+    """A micro-batch whose every token counts."""
+    inputs = ids[:, :-1]
+    positions = torch.arange(inputs.shape[1], device=ids.device).expand_as(inputs)
+    return MicroBatch(inputs, ids[:, 1:], torch.ones_like(inputs, dtype=torch.float32), positions)
+
+
+def make_step(
+    config: Config, context: ParallelContext, ids: torch.Tensor, micro_batches: int = 1
+) -> tuple[Machinery, Callable[[], object]]:
+    """The machinery of a run, and one training step of it."""
+    machinery = build_machinery(config, context)
+    batches = [make_batch(ids)] * micro_batches
+    return machinery, lambda: train_step(machinery, batches, 1e-4, False, StepTimer(context.device))
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Time of one call, the device synchronised."""
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
