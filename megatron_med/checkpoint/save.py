@@ -84,15 +84,11 @@ class CheckpointSaver:
         """Copies the state, and begins to write it once the save before is done; see ``save_checkpoint``."""
         self.wait()
         slices = optimizer_slices(optimizer)
-        if self._asynchronous:
-            slices = self._stage(slices)
-        entries = optimizer_views(slices, optimizer, self._context)
         if not self._asynchronous:
-            self._write(target, entries, state, tokenizer)
+            self._write(target, slices, optimizer, state, tokenizer)
             return
-        self._thread = threading.Thread(
-            target=self._write_and_remember, args=(target, entries, state, tokenizer), name="checkpoint", daemon=True
-        )
+        arguments = target, self._stage(slices), optimizer, state, tokenizer
+        self._thread = threading.Thread(target=self._write_and_remember, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -127,9 +123,14 @@ class CheckpointSaver:
             self._failure = error
 
     def _write(
-        self, target: Path, entries: dict[str, Tensor], state: CheckpointState, tokenizer: Tokenizer | None
+        self,
+        target: Path,
+        slices: dict[str, Tensor],
+        optimizer: Optimizer,
+        state: CheckpointState,
+        tokenizer: Tokenizer | None,
     ) -> None:
-        _write(target, entries, self._world, state, tokenizer)
+        _write(target, optimizer_views(slices, optimizer, self._context), self._world, state, tokenizer)
         if self._world.is_first:
             self._on_commit(target)
 
