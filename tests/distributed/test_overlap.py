@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,5 +142,33 @@ def test_messages_between_stages_travel_beside_computation(sample_data: Path, sc
             hidden, count = _hidden(events, "recv_", SEQUENCE)
             assert count >= STEPS * MICRO_BATCHES
             assert (hidden > count // 3) if overlap else (hidden == 0), (hidden, count)
+            everything = [dim for _, name, dim, _ in events if name.startswith("c10d.send")]
+            assert everything == [SEQUENCE] * (STEPS * MICRO_BATCHES * (3 if virtual == 2 else 1)), "hidden states only"
             behind, sends = _hidden(events, "send", SEQUENCE)
             assert behind >= sends // 2, "a stage goes on computing while it sends"
+
+
+def _outputs_alive(config: Config) -> int:
+    """Outputs of this rank's chunk that are in memory when its first backward pass begins."""
+    machinery, loader = set_up(config)
+    outputs: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+    for chunk in machinery.chunks:
+        chunk.register_forward_hook(lambda _module, _inputs, output: outputs.append(weakref.ref(output)))
+    before = machinery.engine._before_backward
+
+    def count(chunk: int, is_last: bool) -> None:
+        time.sleep(0.2)  # the receiver takes its messages meanwhile
+        alive.append(sum(output() is not None for output in outputs))
+        assert before is not None
+        before(chunk, is_last)
+
+    machinery.engine._before_backward = count
+    train_step(machinery, loader.load(0, 8, 1), 1e-3, False, StepTimer(torch.device("cpu")))
+    return alive[0]
+
+
+def test_a_stage_keeps_no_output_that_it_has_sent(sample_data: Path) -> None:
+    config = make_config(sample_data, MODELS["llama"], pipeline=2, schedule="gpipe")
+    first, _ = run_ranks(2, _outputs_alive, config)
+    assert first <= 2, "eight micro-batches went through; only those on their way may be in memory"
