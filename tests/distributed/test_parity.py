@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from megatron_med.config.schema import Config
+from megatron_med.train.step import train_step, validation_loss
+from megatron_med.train.timers import StepTimer
 from tests.distributed.combinations import TABLE, Combination, possible
 from tests.ranks import run_ranks
-from tests.training import MODELS, Trained, gather, make_config, train_ranks
+from tests.training import MODELS, Trained, gather, make_config, set_up, train_ranks
 
 LOSS_BOUND = 1e-5
 GRADIENT_BOUND = 1e-5
@@ -83,6 +87,42 @@ def _assert_gradients_equal(grid: Trained, alone: Trained, bound: float) -> None
         norm = np.linalg.norm(expected)
         assert norm > 0, f"{name} got no gradient"
         assert np.linalg.norm(actual - expected) / norm <= bound, name
+
+
+def _validate_between_steps(config: Config) -> list[float]:
+    """Validation loss, training loss, validation loss, ... over two steps; then once with weights set by hand."""
+    machinery, loader = set_up(config)
+    held_out = loader.load(80, 13, 0)  # a last micro-batch that is not full
+    losses = [validation_loss(machinery, held_out)]
+    for step in (1, 2):
+        batches = loader.load(8 * (step - 1), 8, step)
+        losses.append(train_step(machinery, batches, 4e-3, False, StepTimer(torch.device("cpu"))).loss)
+        losses.append(validation_loss(machinery, held_out))
+    for item in machinery.optimizer.owned:
+        item.master.mul_(0.5)
+    machinery.data_parallel.publish()
+    losses.append(validation_loss(machinery, held_out))
+    return losses
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"sharding": "full"},
+        {"sharding": "full", "pipeline": 2},
+        {"sharding": "optimizer"},
+        {"pipeline": 2, "schedule": "interleaved", "virtual_stages": 2},
+        {"pipeline": 2, "schedule": "zero_bubble"},
+    ],
+    ids=str,
+)
+def test_validation_between_steps_sees_the_new_weights_and_changes_nothing(
+    sample_data: Path, grid: dict[str, Any]
+) -> None:
+    (alone,) = run_ranks(1, _validate_between_steps, make_config(sample_data, MODELS["llama"]))
+    for losses in run_ranks(4, _validate_between_steps, make_config(sample_data, MODELS["llama"], **grid)):
+        np.testing.assert_allclose(losses, alone, rtol=LOSS_BOUND)
+    assert len(set(alone)) == len(alone)
 
 
 def _with_dropout(**changes: float) -> dict[str, Any]:
