@@ -14,10 +14,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tests.conftest import REPOSITORY
 from tests.ranks import forkserver
 
 TIMEOUT = 240
+
+
+def write_config(folder: Path, prefix: Path, **sections: dict[str, Any]) -> Path:
+    """``folder/config.yaml``: an fp32 run on a token file that writes to ``folder/run``; sections add to it or win."""
+    tree: dict[str, Any] = {
+        "data": {"train": [{"path": str(prefix)}]},
+        "train": {"global_batch_size": 8, "output_dir": str(folder / "run"), "seed": 3},
+        "logging": {"tensorboard": False},
+        "precision": "fp32",
+    }
+    for name, fields in sections.items():
+        tree[name] = tree.get(name, {}) | fields
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
 
 
 def environment() -> dict[str, str]:

@@ -9,11 +9,9 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from megatron_med.checkpoint.folder import complete_steps, resolve_checkpoint
 from megatron_med.checkpoint.storage import Reader
@@ -26,6 +24,7 @@ from tests.cli.processes import (
     started,
     torchrun_command,
     wait_for_step,
+    write_config,
 )
 from tests.conftest import REPOSITORY
 from tests.ranks import free_port
@@ -37,18 +36,15 @@ KILLS = 20
 @pytest.fixture
 def config(tmp_path: Path, sample_data: Path) -> Path:
     """A small GPT-2 with dropout: masks, order of samples and optimizer state must all come back."""
-    tree: dict[str, Any] = {
-        "model": {"preset": "gpt2-tiny", "vocab_size": 512, "hidden_dropout": 0.1},
-        "data": {"sequence_length": 64, "train": [{"path": str(sample_data)}]},
-        "train": {"steps": 130, "global_batch_size": 8, "output_dir": str(tmp_path / "run"), "seed": 3},
-        "parallel": {"pipeline": 2},
-        "checkpoint": {"interval": 5, "keep": 3},
-        "logging": {"tensorboard": False},
-        "precision": "fp32",
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_config(
+        tmp_path,
+        sample_data,
+        model={"preset": "gpt2-tiny", "vocab_size": 512, "hidden_dropout": 0.1},
+        data={"sequence_length": 64},
+        train={"steps": 130},
+        parallel={"pipeline": 2},
+        checkpoint={"interval": 5, "keep": 3},
+    )
 
 
 def _workers(launcher: int) -> list[int]:

@@ -7,7 +7,6 @@ import json
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from tests.cli.processes import (
     torchrun_command,
     train_forked,
     wait_for_step,
+    write_config,
 )
 
 TRAIN = ("-m", "megatron_med.train")
@@ -30,25 +30,17 @@ TRAIN = ("-m", "megatron_med.train")
 @pytest.fixture
 def config(tmp_path: Path, sample_data: Path) -> Path:
     """A small Llama on the quickstart corpus."""
-    tree: dict[str, Any] = {
-        "model": {
-            "preset": "llama-tiny",
-            "num_layers": 4,
-            "hidden_size": 64,
-            "ffn_hidden_size": 176,
-            "vocab_size": 512,
-        },
-        "data": {"sequence_length": 32, "train": [{"path": str(sample_data)}], "valid": [{"path": str(sample_data)}]},
-        "train": {"steps": 40, "global_batch_size": 8, "output_dir": str(tmp_path / "run"), "seed": 3},
-        "optimizer": {"lr": 1e-3},
-        "lr_schedule": {"warmup_steps": 4, "decay_steps": 40, "min_lr": 1e-4},
-        "checkpoint": {"interval": 20, "keep": 2},
-        "logging": {"tensorboard": False},
-        "precision": "fp32",
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    model = {"preset": "llama-tiny", "num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 176, "vocab_size": 512}
+    return write_config(
+        tmp_path,
+        sample_data,
+        model=model,
+        data={"sequence_length": 32, "valid": [{"path": str(sample_data)}]},
+        train={"steps": 40},
+        optimizer={"lr": 1e-3},
+        lr_schedule={"warmup_steps": 4, "decay_steps": 40, "min_lr": 1e-4},
+        checkpoint={"interval": 20, "keep": 2},
+    )
 
 
 def _finish(ranks: int, *arguments: object) -> None:

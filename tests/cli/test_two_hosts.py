@@ -8,10 +8,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from megatron_med.checkpoint.folder import complete_steps
 from tests.cli.processes import (
@@ -22,6 +20,7 @@ from tests.cli.processes import (
     started,
     torchrun_command,
     wait_for_step,
+    write_config,
 )
 from tests.conftest import REPOSITORY
 
@@ -80,19 +79,15 @@ def cable() -> Iterator[Cable]:
 
 @pytest.fixture
 def config(tmp_path: Path, sample_data: Path) -> Path:
-    tree: dict[str, Any] = {
-        "model": {"preset": "gpt2-tiny", "vocab_size": 512, "hidden_dropout": 0.1},
-        "data": {"sequence_length": 64, "train": [{"path": str(sample_data)}]},
-        "train": {"steps": STEPS, "global_batch_size": 8, "output_dir": str(tmp_path / "run"), "seed": 3}
-        | {"timeout_minutes": TIMEOUT_MINUTES},
-        "parallel": {"pipeline": 2},
-        "checkpoint": {"interval": 10},
-        "logging": {"tensorboard": False},
-        "precision": "fp32",
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_config(
+        tmp_path,
+        sample_data,
+        model={"preset": "gpt2-tiny", "vocab_size": 512, "hidden_dropout": 0.1},
+        data={"sequence_length": 64},
+        train={"steps": STEPS, "timeout_minutes": TIMEOUT_MINUTES},
+        parallel={"pipeline": 2},
+        checkpoint={"interval": 10},
+    )
 
 
 def _ranks(host: str) -> int:
