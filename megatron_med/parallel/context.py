@@ -170,23 +170,3 @@ class _Grid:
             if dist.get_rank() in line:
                 own = Axis(len(line), line.index(dist.get_rank()), tuple(line), group)
         return own
-
-
-def preflight(context: ParallelContext) -> None:
-    """One small collective in every group."""
-    one = torch.ones(1, device=context.device)
-    for axis in (
-        context.tp,
-        context.pp,
-        context.pp_backward,
-        context.pp_wrap,
-        context.pp_wrap_backward,
-        context.dp,
-        context.dp_shard,
-        context.dp_replicate,
-        context.embedding,
-    ):
-        if axis.group is not None:
-            total = one.clone()
-            dist.all_reduce(total, group=axis.group)
-            assert total.item() == axis.size, f"ranks {axis.ranks}: {total.item()} of {axis.size} answered"

@@ -95,11 +95,13 @@ class PipelineEngine(Generic[BatchT]):
             sum(isinstance(action, (Backward, BackwardInput)) and action.chunk == chunk for action in actions)
             for chunk in range(len(self._chunks))
         ]
-        arriving = self._ask(actions[0], batches)
+        ahead = int(self._context.overlap.pipeline)
+        arriving: dict[int, Pending | None] = {}
         for place, action in enumerate(actions):
-            here, arriving = arriving, None
-            if self._context.overlap.pipeline and place + 1 < len(actions):
-                arriving = self._ask(actions[place + 1], batches)
+            for later in range(place, min(place + 1 + ahead, len(actions))):
+                if later not in arriving:
+                    arriving[later] = self._ask(actions[later], batches)
+            here = arriving.pop(place)
             key = action.micro_batch, action.chunk
             if isinstance(action, Forward):
                 item = self._forward(action, batches[action.micro_batch], here)
@@ -116,8 +118,6 @@ class PipelineEngine(Generic[BatchT]):
                 self._backward(action, alive[key], here, loss_scale)
                 if isinstance(action, Backward):
                     del alive[key]
-            if not self._context.overlap.pipeline and place + 1 < len(actions):
-                arriving = self._ask(actions[place + 1], batches)
         self._link.drain()
         return total
 

@@ -27,11 +27,12 @@ from megatron_med.optim.loss_scale import LossScaler
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.buckets import BucketedDataParallel
 from megatron_med.parallel.collectives import broadcast_object
-from megatron_med.parallel.context import ParallelContext, create_context, preflight
+from megatron_med.parallel.context import ParallelContext, create_context
 from megatron_med.parallel.data_parallel import DataParallel
 from megatron_med.parallel.fully_sharded import FullyShardedDataParallel
 from megatron_med.parallel.parameters import initialise
 from megatron_med.parallel.pipeline import PipelineEngine
+from megatron_med.parallel.preflight import preflight
 from megatron_med.tokenizer import Tokenizer
 from megatron_med.train.run_folder import RunFolder
 from megatron_med.train.step import Machinery

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_med.config import ParallelConfig
-from megatron_med.parallel.context import create_context, preflight
+from megatron_med.parallel.context import create_context
+from megatron_med.parallel.preflight import preflight
 from megatron_med.parallel.rendezvous import agree_on_start
 from tests.ranks import run_ranks
 
@@ -47,9 +48,10 @@ def test_a_restart_takes_nothing_from_the_start_before() -> None:
 
 
 def _probe() -> bool:
-    preflight(create_context(ParallelConfig(tensor=2, pipeline=2), torch.device("cpu")))
+    for chunks in (1, 2):
+        preflight(create_context(ParallelConfig(tensor=2, pipeline=3, virtual_stages=chunks), torch.device("cpu")))
     return True
 
 
 def test_every_group_answers() -> None:
-    assert run_ranks(4, _probe) == [True] * 4
+    assert run_ranks(6, _probe) == [True] * 6
