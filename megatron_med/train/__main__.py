@@ -63,11 +63,14 @@ def _train(config: Config, rank: int) -> int:
     except UserError as error:
         if training and rank != 0 and isinstance(error, DataError):  # a sample that this rank alone has read
             print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-        return _refuse(error, rank, config.train.output_dir, folder)
+        code = _refuse(error, rank, config.train.output_dir, folder)
+        if training:
+            _leave(code)
+        return code
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             full = CheckpointError(f"The disk is full: {error}. Make room and start the same command again.")
-            return _refuse(full, rank, config.train.output_dir, folder)
+            _leave(_refuse(full, rank, config.train.output_dir, folder))
         _fail(error, rank, folder, _silence(roll_call, config, stop))
     finally:
         if dist.is_initialized():
@@ -89,15 +92,19 @@ def _silence(roll_call: RollCall | None, config: Config, stop: StopRequest) -> s
 
 
 def _fail(error: BaseException, rank: int, folder: RunFolder, silence: str) -> NoReturn:
-    """Ends this process at once: threads and connections of a broken run may never come to an end of their own."""
     traceback.print_exception(error)
     if silence:
         print(f"error: {silence}", file=sys.stderr)
     if rank == 0 and folder.claimed:
         folder.write_exit(EXIT_FAILED, " ".join(filter(None, [silence, f"{type(error).__name__}: {error}"])))
+    _leave(EXIT_FAILED)
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this process at once: threads and connections of a broken run may never come to an end of their own."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(EXIT_FAILED)
+    os._exit(code)
 
 
 def _refuse(error: UserError, rank: int, output_dir: str | None, folder: RunFolder | None = None) -> int:
