@@ -34,23 +34,25 @@ shift
 
 run=$("$python" -c 'import sys; from megatron_med.config.load import peek_output_dir
 print(peek_output_dir(sys.argv[1:]) or "")' "$@") || exit 2
+[ -n "$run" ] || exec "$python" -m megatron_med.train "$@" # no folder to run in: it says what is wrong
 signalled="" torchrun=""
 
 forward() {
   signalled=$1
   [ -z "$torchrun" ] || kill -s "$1" "$torchrun" 2>/dev/null
 }
-for signal in TERM INT USR1; do
-  trap "forward $signal" "$signal"
-done
+trap "forward TERM" TERM INT
+trap "forward USR1" USR1
 
-# The code that this start has left in RUN/exit.json; 1 where there is none newer than the start.
-exit_code() {
-  local record=$run/exit.json
-  if [ -f "$record" ] && [ ! "$record" -ot "$stamp" ]; then
-    "$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["code"])' "$record"
+# Field of the record that this start has left: its own file on the host of rank 0, else RUN/exit.json if it is newer
+# than the start.
+record() {
+  local file=$stamp.exit
+  [ -s "$file" ] || file=$run/exit.json
+  if [ -f "$file" ] && [ ! "$file" -ot "$stamp" ]; then
+    "$python" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2], sys.argv[3]))' "$file" "$1" "$2"
   else
-    echo 1
+    echo "$2"
   fi
 }
 
@@ -77,10 +79,12 @@ watch_torchrun() {
 }
 
 stamp=$(mktemp)
-trap 'rm -f "$stamp"' EXIT
+trap 'rm -f "$stamp" "$stamp.exit"' EXIT
+export MEGATRON_MED_EXIT_FILE=$stamp.exit
 failures=0
 while true; do
   before=$(newest)
+  rm -f "$stamp.exit"
   touch "$stamp"
   "$python" -m torch.distributed.run "${launcher[@]}" \
     --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
@@ -91,9 +95,13 @@ while true; do
   wait "$torchrun"
   status=$? torchrun=""
   [ "$status" -ne 0 ] || exit 0
-  code=$(exit_code)
+  code=$(record code 1)
   case $code in 0 | 2 | 75) exit "$code" ;; esac
   [ -z "$signalled" ] || exit "$code"
+  if [ "$(record retry True)" = False ]; then
+    echo "launch.sh: it would fail again: $(record reason '')" >&2
+    exit "$code"
+  fi
   if [ "$(newest)" = "$before" ]; then failures=$((failures + 1)); else failures=1; fi
   if [ "$failures" -gt "${MEGATRON_MED_RESTARTS:-100}" ]; then
     echo "launch.sh: $failures failures in a row without a new checkpoint; giving up." >&2

@@ -153,8 +153,10 @@ def _write(
 
     mine: dict[str, Any] = {}
     failure = _attempt(lambda: mine.update(folders.describe_files(partial, _share(partial, world))))
+    _raise_together(failure, target, world)
     described = gather_objects(mine, world)
-    if failure is None and world.is_first:
+    failure = None
+    if world.is_first:
         files = {name: entry for part in described for name, entry in part.items()}
         failure = _attempt(lambda: folders.commit(target, dict(sorted(files.items()))))
     _raise_together(failure, target, world)

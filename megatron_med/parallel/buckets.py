@@ -51,13 +51,12 @@ class BucketedDataParallel(DataParallel):
             bucket.begin_step(micro_batches)
 
     def _on_complete(self, bucket: Bucket) -> None:
-        """A bucket has all of its gradients. Replicas sum in the order of completion, the same on every rank."""
-        self._complete.append(bucket)
+        """A bucket has all of its gradients: it is cut and summed, and the one before it is summed over replicas."""
         if self.context.overlap.gradient_reduce:
             bucket.start_reduction()
-            for earlier in self._complete:
-                if not earlier.start_replica_sum(only_if_ready=True):
-                    break
+            if self._complete:  # a fixed order over both groups: NCCL's must be the same on every rank
+                self._complete[-1].start_replica_sum()
+        self._complete.append(bucket)
 
     def complete_reduction(self) -> None:
         late = [bucket for bucket in self._buckets if not bucket.is_complete]
@@ -235,18 +234,15 @@ class Bucket:
         work = dist.reduce_scatter_single(self._reduced, buffer.view(-1), group=self._axis.group, async_op=True)
         self._scattering = Pending(self._reduced, work, buffer)
 
-    def start_replica_sum(self, only_if_ready: bool = False) -> bool:
-        """Begins to sum the slices over the replicas, once they are there; whether it has begun."""
+    def start_replica_sum(self) -> None:
+        """Begins to sum the slices over the replicas, once they are there."""
         if self._summing is not None:
-            return True
+            return
         assert self._scattering is not None, "the reduction was not started"
-        if only_if_ready and not self._scattering.is_completed():
-            return False
         slices = self._scattering.wait()
         group = self._replicas.group
         work = None if group is None else dist.all_reduce(slices, group=group, async_op=True)
         self._summing = Pending(slices, work)
-        return True
 
     def finish_reduction(self) -> None:
         """Waits for the sums."""

@@ -43,7 +43,6 @@ class FullyShardedDataParallel(DataParallel):
         ]
 
     def _wrap(self, chunk: nn.Module, dtype: torch.dtype) -> None:
-        chunk.float()
         layouts = {name: layout_of(parameter) for name, parameter in chunk.named_parameters()}
         options: dict[str, Any] = {
             "mesh": self._mesh,
@@ -52,9 +51,11 @@ class FullyShardedDataParallel(DataParallel):
             "shard_placement_fn": lambda parameter: Shard(layout_of(parameter).dp_dim),
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         }
-        for layer in cast(nn.ModuleList, chunk.layers):
-            fully_shard(layer, **options)
-        fully_shard(chunk, **options)
+        for part in [*cast(nn.ModuleList, chunk.layers), chunk]:  # one layer at a time is whole in fp32
+            for parameter in part.parameters():
+                if parameter.dtype != torch.float32:
+                    parameter.data = parameter.data.float()
+            fully_shard(part, **options)
         for module in _fsdp_modules(chunk):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

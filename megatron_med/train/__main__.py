@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_med.config import Config, load_config
 from megatron_med.config.load import INFORMATION_FLAGS, peek_output_dir
-from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, CheckpointError, DataError, UserError
-from megatron_med.train.run_folder import RunFolder
+from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, CheckpointError, UserError
+from megatron_med.train.run_folder import RunFolder, write_launch_record
 
 if TYPE_CHECKING:
     from megatron_med.parallel.roll_call import RollCall
     from megatron_med.train.signals import StopRequest
 
 _PATIENCE = timedelta(seconds=15)
+_RANK_0_PATIENCE = timedelta(seconds=5)
 
 
 def main(arguments: list[str]) -> int:
@@ -46,62 +47,83 @@ def _train(config: Config, rank: int) -> int:
     from megatron_med.train.signals import StopRequest
 
     folder = RunFolder(config.train.output_dir)
-    training = False
     stop = StopRequest()
     roll_call: RollCall | None = None
     try:
         device, roll_call = start_process_group(timedelta(minutes=config.train.timeout_minutes))
-        run = set_up(config, folder, device)
-        training = True
         stop.listen()
+        run = set_up(config, folder, device)
         code, reason = train(run, stop)
         if rank == 0:
             print(reason, flush=True)
-            folder.write_exit(code, reason)
+            folder.write_exit(code, reason, retry=code != EXIT_FAILED)
         gather_objects(code, run.context.world)  # no rank leaves before the record is written
-        return code
-    except UserError as error:
-        if training and rank != 0 and isinstance(error, DataError):  # a sample that this rank alone has read
-            print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
-        code = _refuse(error, rank, config.train.output_dir, folder)
-        if training:
-            _leave(code)
-        return code
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            full = CheckpointError(f"The disk is full: {error}. Make room and start the same command again.")
-            _leave(_refuse(full, rank, config.train.output_dir, folder))
-        _fail(error, rank, folder, _silence(roll_call, config, stop))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        folder.release()
+        _end(error, rank, folder, roll_call, config, stop)
+    dist.destroy_process_group()
+    folder.release()
+    return code
 
 
-def _silence(roll_call: RollCall | None, config: Config, stop: StopRequest) -> str:
-    """Names the ranks that do not answer any more; empty where all do, or where another rank tells it."""
-    if roll_call is None:
-        return ""
+def _end(
+    error: BaseException, rank: int, folder: RunFolder, roll_call: RollCall | None, config: Config, stop: StopRequest
+) -> NoReturn:
+    """Says why the run ends, records it, and leaves at once: threads and connections of a broken run may never end.
+
+    A fault of this rank alone is told to the others, who find it where their collectives fail.
+    """
+    from megatron_med.parallel.roll_call import is_connection_failure
+
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        error = CheckpointError(f"The disk is full: {error}. Make room and start the same command again.")
+    if isinstance(error, UserError):
+        _end_by_user_fault(error, rank, folder, roll_call)
+    traceback.print_exception(error)
+    code, reason = EXIT_FAILED, f"{type(error).__name__}: {error}"
+    if roll_call is not None and is_connection_failure(error):
+        code, reason = _why(roll_call, config, stop, reason)
+    elif roll_call is not None:
+        roll_call.confess(code, f"rank {rank}: {reason}")
+    if rank == 0 and folder.claimed:
+        folder.write_exit(code, reason)
+    _leave(code)
+
+
+def _end_by_user_fault(error: UserError, rank: int, folder: RunFolder, roll_call: RollCall | None) -> NoReturn:
+    """Most such faults are found by all ranks together: rank 0 alone prints them. One that a single rank has found (a
+    sample, a disk that is not mounted there) it prints itself, when rank 0 has not spoken for a while."""
+    if roll_call is not None:
+        roll_call.confess(
+            EXIT_BAD_INPUT, "\n".join(f"rank {rank}: {fault}" if rank else fault for fault in error.faults)
+        )
+    if rank == 0:
+        _refuse(error, rank, None, folder)
+        if roll_call is not None:
+            roll_call.mark_recorded()
+    elif roll_call is None or not roll_call.await_record(_RANK_0_PATIENCE):
+        for fault in error.faults:
+            print(f"error: rank {rank}: {fault}", file=sys.stderr)
+    _leave(EXIT_BAD_INPUT)
+
+
+def _why(roll_call: RollCall, config: Config, stop: StopRequest, reason: str) -> tuple[int, str]:
+    """Exit code and reason of a collective that failed: another rank's own fault, or the ranks that are silent."""
     timeout = timedelta(minutes=config.train.timeout_minutes)
     silent = roll_call.silent_ranks(min(timeout, _PATIENCE), is_hurried=lambda: stop.asked)
-    if not silent or not roll_call.speaks(silent):
-        return ""
+    cause = roll_call.cause()
+    if cause is not None:
+        return cause.code, cause.reason
+    if not silent:
+        return EXIT_FAILED, reason
     plural, verb = ("s", "hang or have") if len(silent) > 1 else ("", "hangs or has")
     numbers = ", ".join(map(str, silent))
-    return f"rank{plural} {numbers} did not answer (train.timeout_minutes is {timeout}): {verb} died."
-
-
-def _fail(error: BaseException, rank: int, folder: RunFolder, silence: str) -> NoReturn:
-    traceback.print_exception(error)
-    if silence:
+    silence = f"rank{plural} {numbers} did not answer (train.timeout_minutes is {timeout}): {verb} died."
+    if roll_call.speaks(silent):
         print(f"error: {silence}", file=sys.stderr)
-    if rank == 0 and folder.claimed:
-        folder.write_exit(EXIT_FAILED, " ".join(filter(None, [silence, f"{type(error).__name__}: {error}"])))
-    _leave(EXIT_FAILED)
+    return EXIT_FAILED, f"{silence} {reason}"
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends this process at once: threads and connections of a broken run may never come to an end of their own."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -115,6 +137,7 @@ def _refuse(error: UserError, rank: int, output_dir: str | None, folder: RunFold
     if rank == 0:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr, flush=True)
+        write_launch_record(EXIT_BAD_INPUT, str(error))
         folder = folder or (RunFolder(output_dir) if output_dir else None)
         if folder is not None:
             _record(folder, str(error))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,21 @@ class RunFolder:
         path = self.path / IDENTITY
         if not path.is_file():
             return
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(
+                f"{path} cannot be read ({error}): it says which model and data this folder belongs to. Name another "
+                "train.output_dir, or remove the file if you are sure that model and data are the same."
+            ) from error
         before, now = _flat(stored), _flat(json.loads(json.dumps(identity)))
         faults = [
             f"{name} is {now.get(name)!r}, but {self.path} holds a run with {before.get(name)!r}: "
             "name another train.output_dir, or go on with the same model and data."
             for name in sorted(before.keys() | now.keys())
-            if before.get(name) != now.get(name) and not name.endswith(".path")
+            if before.get(name) != now.get(name)
+            and not name.endswith(".path")
+            and (name in before or now[name])  # a switch that came later, and is off, changes nothing
         ]
         if faults:
             raise ConfigError(faults)
@@ -128,10 +137,17 @@ class RunFolder:
                 continue  # a line that a crash cut in half
         _replace(self.metrics, "".join(f"{line}\n" for line in kept))
 
-    def write_exit(self, code: int, reason: str) -> None:
-        """Records how the run ended, for launch scripts: torchrun itself answers 1 for every failure."""
+    def write_exit(self, code: int, reason: str, retry: bool = True) -> None:
+        """Records how the run ended, for launch scripts: torchrun itself answers 1 for every failure.
+
+        Args:
+            code: exit code.
+            reason: in words.
+            retry: whether the same command could do better; false where a failure would only come again.
+        """
+        write_launch_record(code, reason, retry)
         try:
-            self.write_json(EXIT, {"code": code, "reason": reason})
+            self.write_json(EXIT, _exit_record(code, reason, retry))
         except OSError as error:  # a full disk must not hide the reason itself
             print(f"error: {self.path / EXIT} could not be written: {error}", file=sys.stderr, flush=True)
 
@@ -140,9 +156,26 @@ class RunFolder:
         _replace(self.path / name, json.dumps(content, indent=2) + "\n")
 
 
+def write_launch_record(code: int, reason: str, retry: bool = True) -> None:
+    """The same record for the launch script of this start alone, where MEGATRON_MED_EXIT_FILE names a file: a start
+    that is refused because another run is alive in RUN must not write there."""
+    path = os.environ.get("MEGATRON_MED_EXIT_FILE")
+    if path:
+        with suppress(OSError):
+            Path(path).write_text(json.dumps(_exit_record(code, reason, retry)), encoding="utf-8")
+
+
+def _exit_record(code: int, reason: str, retry: bool) -> dict[str, Any]:
+    record: dict[str, Any] = {"code": code, "reason": reason}
+    return record if retry else record | {"retry": False}
+
+
 def _replace(path: Path, text: str) -> None:
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 

@@ -166,6 +166,56 @@ def _workers_by_rank(launcher: int) -> dict[int, int]:
     return ranks
 
 
+_FAILING = """
+import os, sys
+from megatron_med.errors import DataError
+from megatron_med.train import loop, setup
+from megatron_med.train.__main__ import main
+
+def fail(*arguments, **options):
+    raise {error}
+
+step = loop.train_step
+taken = []
+def failing_step(*arguments):
+    taken.append(1)
+    return fail() if len(taken) == 3 else step(*arguments)
+
+if os.environ["RANK"] == "1":
+    if "{where}" == "set-up":
+        setup.find_tokenizer = fail
+    else:
+        loop.train_step = failing_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "where", "code", "reason"),
+    [
+        ("MemoryError('no room for 8 GB')", "training", 1, "rank 1: MemoryError: no room for 8 GB"),
+        ("DataError('x.bin holds the id 600')", "training", 2, "rank 1: x.bin holds the id 600"),
+        ("DataError('There is no /data/x.idx')", "set-up", 2, "rank 1: There is no /data/x.idx"),
+    ],
+)
+def test_a_fault_of_one_rank_is_recorded_with_its_own_words(
+    config: Path, tmp_path: Path, error: str, where: str, code: int, reason: str
+) -> None:
+    """The healthy ranks are not blamed, and launch scripts see whether to start again."""
+    script = tmp_path / "failing.py"
+    script.write_text(_FAILING.format(error=error, where=where))
+    command = torchrun_command(2, script, config, "--train.steps", 1000)
+    done = subprocess.run(
+        command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert done.returncode == 1
+    record = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert record == {"code": code, "reason": reason}
+    assert "did not answer" not in done.stderr
+    if code == 2:
+        assert done.stderr.count(f"error: {reason}") == 1
+
+
 def test_ranks_that_never_come_are_named(config: Path) -> None:
     """Two of three ranks are started, as when a node does not boot."""
     port = str(free_port())
@@ -207,7 +257,27 @@ def test_the_launch_script_starts_again_after_a_kill_and_not_after_bad_input(con
         assert process.wait(timeout=120) == 75
     assert complete_steps(run / "checkpoints")[-1] == read_metrics(run)[-1]["step"]
 
-    refused = [*script, str(config), "--model.num_layers", "3"]
-    done = subprocess.run(refused, env=environment() | quick, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2
-    assert "starting again" not in done.stderr
+    for bad in ([str(config), "--model.num_layers", "3"], [str(tmp_path / "absent.yaml")]):
+        done = subprocess.run(
+            [*script, *bad], env=environment() | quick, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 2
+        assert "error: " in done.stderr
+        assert "starting again" not in done.stderr
+
+
+def test_the_launch_script_leaves_a_live_run_alone_and_saves_at_ctrl_c(config: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "log"
+    script = ["bash", str(REPOSITORY / "tools" / "launch.sh"), "--standalone", "--nproc-per-node", "2", "--"]
+    quick = {"MEGATRON_MED_RESTART_DELAY": "0", "MEGATRON_MED_PYTHON": python_path()}
+    with started([*script, str(config), "--train.steps", "100000"], log, quick) as process:
+        wait_for_step(run, 3, process, log)
+        done = subprocess.run(
+            [*script, str(config)], env=environment() | quick, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 2
+        assert "another run is alive in it" in done.stderr
+        assert "starting again" not in done.stderr
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 75
+    assert complete_steps(run / "checkpoints")[-1] == read_metrics(run)[-1]["step"]
