@@ -24,6 +24,7 @@ EXPECTED = np.arange(100_000)
 
 def _build_and_note(notes: Path) -> dict[str, Any]:
     (notes / f"{os.getpid()}-{time.monotonic_ns()}").touch()
+    time.sleep(0.3)  # long enough for every other process to come
     return {"a": EXPECTED.copy(), "b": EXPECTED[::-1].copy()}
 
 
