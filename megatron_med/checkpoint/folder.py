@@ -24,6 +24,7 @@ CHECKPOINTS = "checkpoints"
 _PREFIX = "step-"
 _PARTIAL = ".partial"
 _DAMAGED = ".damaged"
+_REPLACED = ".replaced"
 
 
 @dataclass
@@ -100,7 +101,7 @@ def commit(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     for path in partial.rglob("*"):
         _fsync(path)
     _fsync(partial)
-    replaced = folder.with_name(folder.name + ".replaced")
+    replaced = folder.with_name(folder.name + _REPLACED)
     if folder.exists():
         os.replace(folder, replaced)
     os.replace(partial, folder)
@@ -136,8 +137,9 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None, current: int) ->
 
 def remove_partials(checkpoints: Path) -> None:
     """Removes what crashes left half-written."""
-    for path in checkpoints.glob(f"{_PREFIX}*{_PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)
+    for pattern in (f"{_PREFIX}*{_PARTIAL}", f"{_PREFIX}*{_REPLACED}"):
+        for path in checkpoints.glob(pattern):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def set_aside(folder: Path) -> Path | None:

@@ -111,7 +111,7 @@ class ParallelConfig:
     pipeline: int = 1
     """Pipeline stages: layers are cut over them."""
     virtual_stages: int = 1
-    """Chunks of layers per stage: 2 or more with the interleaved schedule, else 1."""
+    """Chunks of layers per stage: 2 or more with the interleaved schedule; gpipe takes several too, the others 1."""
     context: int = 1
     """Context-parallel ranks."""
     sharding: Literal["none", "optimizer", "full"] = "optimizer"

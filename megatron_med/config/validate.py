@@ -173,6 +173,11 @@ def _sharding(config: Config, world_size: int) -> Iterator[str]:
         return
     if parallel.sharding != "full" or world_size % unit:
         return
+    if not (parallel.overlap.gradient_reduce and parallel.overlap.weight_gather):
+        yield (
+            "parallel.overlap.gradient_reduce and weight_gather are for parallel.sharding none and optimizer: FSDP2 "
+            "always overlaps. Leave them on, or take another sharding."
+        )
     if parallel.schedule == "zero_bubble":
         yield (
             "parallel.schedule is zero_bubble with parallel.sharding full: FSDP2 reduces gradients when a whole "
@@ -256,6 +261,8 @@ def _numbers(config: Config) -> Iterator[str]:
     for name, value in limits.items():
         if not 0 <= value < math.inf:
             yield f"{name} is {value}: it must be a number of at least 0."
+    if not 0 < train.timeout_minutes < math.inf:
+        yield f"train.timeout_minutes is {train.timeout_minutes}: it must be a number above 0."
     for group in optimizer.groups:
         if not 0 < group.lr_scale < math.inf or (group.weight_decay is not None and group.weight_decay < 0):
             yield (

@@ -74,7 +74,8 @@ class Optimizer:
     @property
     def steps(self) -> int:
         """Updates done so far; skipped steps do not count."""
-        return int(max((self._adamw.state[master]["step"].item() for master in self._masters.values()), default=0))
+        counts = [self._adamw.state[master]["step"] for master in self._masters.values()]
+        return int(torch.stack(counts).max().item()) if counts else 0
 
     @steps.setter
     def steps(self, value: int) -> None:

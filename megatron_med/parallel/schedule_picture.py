@@ -38,7 +38,8 @@ def main() -> None:
 
 def _describe(arguments: argparse.Namespace) -> None:
     name, stages, micro_batches = arguments.schedule, arguments.stages, arguments.micro_batches
-    chunks = arguments.chunks or (2 if name == "interleaved" else 1)
+    default = 2 if name == "interleaved" else 1
+    chunks = default if arguments.chunks is None else arguments.chunks
     if min(stages, micro_batches, chunks) < 1:
         raise ConfigError("--stages, --micro-batches and --chunks must be at least 1.")
     if chunks > 1 and name not in ("interleaved", "gpipe"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,7 +19,7 @@ from megatron_med.data.cache import cache_folder
 from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import blend, find_tokenizer, one_pass, open_corpora
-from megatron_med.errors import CheckpointError, UserError
+from megatron_med.errors import CheckpointError, ConfigError, UserError
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, build_chunks
 from megatron_med.model.recompute import Recompute
@@ -26,7 +27,7 @@ from megatron_med.model.transformer import Transformer
 from megatron_med.optim.loss_scale import LossScaler
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.buckets import BucketedDataParallel
-from megatron_med.parallel.collectives import broadcast_object
+from megatron_med.parallel.collectives import broadcast_object, gather_objects
 from megatron_med.parallel.context import ParallelContext, create_context
 from megatron_med.parallel.data_parallel import DataParallel
 from megatron_med.parallel.fully_sharded import FullyShardedDataParallel
@@ -96,6 +97,7 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     _on_first_rank(context, lambda: folder.check_identity(identity))
 
     machinery = build_machinery(config, context)
+    _check_groups(config, machinery)
     progress = _load(config, folder, machinery, tokenizer)
     _on_first_rank(context, lambda: folder.begin(identity, dump_config(config)))
     remaining = max(0, train.steps - progress.step) * train.global_batch_size
@@ -130,6 +132,19 @@ def build_machinery(config: Config, context: ParallelContext) -> Machinery:
         schedule=config.parallel.schedule,
         loss_scaler=LossScaler(config.optimizer) if config.precision == "fp16" else None,
     )
+
+
+def _check_groups(config: Config, machinery: Machinery) -> None:
+    """Refuses a parameter group that no parameter of the model belongs to."""
+    own = [item.layout.name for item in machinery.optimizer.owned]
+    names = {name for part in gather_objects(own, machinery.context.world) for name in part}
+    faults = [
+        f"optimizer.groups: {group.match} matches no parameter. Names are such as {', '.join(sorted(names)[:3])}."
+        for group in config.optimizer.groups
+        if not any(fnmatchcase(name, group.match) for name in names)
+    ]
+    if faults:
+        raise ConfigError(faults)
 
 
 def _data_parallel(chunks: nn.ModuleList, context: ParallelContext, dtype: torch.dtype, sharding: str) -> DataParallel:

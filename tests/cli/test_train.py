@@ -150,6 +150,8 @@ def test_missing_data_and_tokenizer_mismatch(config: Path, tmp_path: Path) -> No
     done = train_forked(config, "--data.train", f"[{{path: {tmp_path}/absent}}, {{path: {tmp_path}/gone}}]")
     _refused(done, f"There is no {tmp_path}/absent.idx", f"There is no {tmp_path}/gone.idx")
     _refused(train_forked(config, "--model.vocab_size", 500), "set model.vocab_size: 512")
+    groups = ("--optimizer.groups", "[{match: 'embeding.*', lr_scale: 0.5}]")
+    _refused(train_forked(config, *groups), "embeding.* matches no parameter")
     absent = tmp_path / "no checkpoint"
     _refused(train_forked(config, "--checkpoint.load", absent), f"There is no checkpoint at {absent}")
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +65,17 @@ class Combination:
             schedule=self.schedule,
             sequence_parallel=self.sequence_parallel,
             layers_per_stage=UNEVEN[self.pipeline * virtual] if self.layers == "uneven" else None,
-            overlap=OverlapConfig(*[self.overlap] * len(fields(OverlapConfig))),
+            overlap=self._overlap(),
         )
         config.recompute = "full" if self.recompute == "every_2nd" else self.recompute  # type: ignore[assignment]
         config.recompute_interval = 2 if self.recompute == "every_2nd" else 1
         config.data.isolate_documents = self.isolate_documents
         return config
+
+    def _overlap(self) -> OverlapConfig:
+        """Every switch on or off; FSDP2 has no switches for its own."""
+        always = self.overlap or self.sharding == "full"
+        return OverlapConfig(always, always, self.overlap, self.overlap)
 
     def can_run(self) -> bool:
         """Whether the options fit together, and onto a test machine."""

@@ -159,6 +159,8 @@ def test_broken_rule_says_value_rule_and_remedy(
             "they must divide model.ffn_hidden_size",
         ),
         ("--recompute_interval 2", "recompute_interval is 2 and recompute none: only full counts layers"),
+        ("--parallel.sharding full --parallel.overlap.weight_gather false", "FSDP2 always overlaps"),
+        ("--train.timeout_minutes -1", "train.timeout_minutes is -1.0: it must be a number above 0"),
         ("--recompute_interval 0", "recompute_interval is 0: it must be at least 1."),
         ("--precision fp16 --optimizer.min_loss_scale 0", "optimizer.min_loss_scale is 0.0: it must be above 0"),
         ("--optimizer.groups '[{match: x, lr_scale: -1}]'", "optimizer.groups: x has lr_scale -1"),

@@ -97,6 +97,19 @@ def test_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     assert "model.layers is 3" in "".join(caught.value.faults)
 
 
+def test_a_cut_record_of_the_run_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"model": ')
+    with pytest.raises(ConfigError, match=r"run.json cannot be read"):
+        RunFolder(tmp_path).check_identity({"model": {}})
+
+
+def test_a_run_from_before_a_switch_existed_goes_on_with_it_off(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"data": {"sequence_length": 32}}')
+    RunFolder(tmp_path).check_identity({"data": {"sequence_length": 32, "isolate_documents": False}})
+    with pytest.raises(ConfigError, match="isolate_documents is True"):
+        RunFolder(tmp_path).check_identity({"data": {"sequence_length": 32, "isolate_documents": True}})
+
+
 def test_second_claim_is_refused_until_the_first_lets_go(tmp_path: Path) -> None:
     first, second = RunFolder(tmp_path), RunFolder(tmp_path)
     first.claim()

@@ -1,0 +1,67 @@
+"""One gradient that is not finite, on one rank of a grid: the step is skipped everywhere, and the parameter named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from megatron_med.config.schema import Config
+from megatron_med.train.loop import _first_bad_gradient
+from megatron_med.train.setup import Run
+from megatron_med.train.step import train_step
+from megatron_med.train.timers import StepTimer
+from tests.ranks import run_ranks
+from tests.training import MODELS, make_config, set_up
+
+NAME = "layers.3.mlp.down.weight"
+BAD_RANK = 3
+
+
+def _train(config: Config, value: float) -> tuple[list[bool], bool, str, list[float]]:
+    """Three steps; the second meets one bad number on one rank after its reduction."""
+    machinery, loader = set_up(config)
+    finish = machinery.data_parallel.finish
+    steps = 0
+
+    def poisoned() -> None:
+        finish()
+        for item in machinery.data_parallel.owned:
+            if steps == 2 and item.layout.name == NAME and machinery.context.world.rank == BAD_RANK:
+                item.gradient.view(-1)[5] = value
+
+    machinery.data_parallel.finish = poisoned  # type: ignore[method-assign]
+    skipped, losses, name, unchanged = [], [], "", True
+    for steps in (1, 2, 3):
+        before = [item.master.clone() for item in machinery.optimizer.owned]
+        batches = loader.load(8 * steps, 8, steps)
+        result = train_step(machinery, batches, 1e-2, False, StepTimer(torch.device("cpu")))
+        same = all(torch.equal(a, item.master) for a, item in zip(before, machinery.optimizer.owned, strict=True))
+        skipped.append(result.skipped)
+        losses.append(result.loss)
+        if steps == 2:
+            unchanged = same
+            run = SimpleNamespace(machinery=machinery, context=machinery.context)
+            name = _first_bad_gradient(cast(Run, run))
+        else:
+            assert not same
+    assert machinery.optimizer.steps == 2, "a skipped step is no update"
+    return skipped, unchanged, name, losses
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "parallel", [{"tensor": 2, "pipeline": 2}, {"pipeline": 2, "sharding": "full"}], ids=["tp2-pp2", "full-pp2-dp2"]
+)
+def test_the_step_is_skipped_on_every_rank_and_the_parameter_named(
+    sample_data: Path, parallel: dict[str, Any], value: float
+) -> None:
+    results = run_ranks(4, _train, make_config(sample_data, MODELS["llama"], **parallel), value)
+    for skipped, unchanged, name, losses in results:
+        assert skipped == [False, True, False]
+        assert unchanged, "nothing may move in a skipped step"
+        assert name == f"the first is of {NAME} (rank {BAD_RANK})"
+        assert losses == results[0][3]
