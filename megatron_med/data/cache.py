@@ -46,18 +46,34 @@ def cached_arrays(folder: Path, ingredients: Mapping[str, Any], build: Callable[
     arrays = _read(entry)  # without the lock: entries appear in one piece, and ranks need not queue to check them
     if arrays is not None:
         return arrays
+    lock = FileLock(folder / f"{key}.lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / f"{key}.lock"):
-            arrays = _read(entry)
-            if arrays is None:
-                arrays = build()
-                _write(entry, arrays, ingredients)
+        lock.acquire()
     except OSError as error:
-        free = f", {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free" if folder.is_dir() else ""
-        _log.warning("The index cache %s cannot be written (%s%s); indices are kept in memory.", folder, error, free)
-        return arrays if arrays is not None else build()
+        _warn(folder, error)
+        return build()
+    try:
+        arrays = _read(entry)
+        if arrays is not None:
+            return arrays
+        arrays = build()
+        _write_if_possible(entry, arrays, ingredients)
+    finally:
+        lock.release()
     return _read(entry) or arrays
+
+
+def _write_if_possible(entry: Path, arrays: Arrays, ingredients: Mapping[str, Any]) -> None:
+    try:
+        _write(entry, arrays, ingredients)
+    except OSError as error:
+        _warn(entry.parent, error)
+
+
+def _warn(folder: Path, error: OSError) -> None:
+    free = f", {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free" if folder.is_dir() else ""
+    _log.warning("The index cache %s cannot be written (%s%s); indices are kept in memory.", folder, error, free)
 
 
 def _read(entry: Path) -> Arrays | None:

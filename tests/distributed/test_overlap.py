@@ -127,6 +127,16 @@ def test_buckets_hide_behind_the_last_backward_and_the_next_forward_pass(sample_
     assert _hidden(events, "_allgather_base_", BUCKET)[0] == 0
 
 
+@pytest.mark.parametrize(("ranks", "parallel"), [(2, {"sharding": "none"}), (4, {"replicate": 2})], ids=str)
+def test_replicas_sum_under_the_last_backward_pass(sample_data: Path, ranks: int, parallel: dict[str, Any]) -> None:
+    """Whole buckets, or the slices that a group of ranks has cut; the last buckets have nothing left to hide behind."""
+    for overlap in (True, False):
+        events = _trace(sample_data, overlap, ranks, **parallel)[0]
+        hidden, count = _hidden(events, "allreduce_", BUCKET)
+        assert count >= STEPS * 8
+        assert (hidden >= STEPS * 4) if overlap else (hidden == 0), (hidden, count)
+
+
 def test_reductions_begin_in_the_last_backward_pass_only(sample_data: Path) -> None:
     events = _trace(sample_data, True, 2)[0]
     first = next(i for i, (_, name, dim, _) in enumerate(events) if "reduce_scatter" in name and dim == BUCKET)

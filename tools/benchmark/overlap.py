@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--preset", default="llama-10m", choices=sorted(PRESETS))
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
-    parser.add_argument("--schedule", default="1f1b", choices=("gpipe", "1f1b", "zero_bubble"))
+    parser.add_argument("--schedule", default="1f1b", choices=("gpipe", "1f1b", "interleaved", "zero_bubble"))
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--micro-batch-size", type=int, default=2)
     parser.add_argument("--micro-batches", type=int, default=4)
@@ -47,7 +47,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9)
     arguments = parser.parse_args()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    parallel = ParallelConfig(tensor=arguments.tensor, pipeline=arguments.pipeline, schedule=arguments.schedule)
+    parallel = ParallelConfig(
+        tensor=arguments.tensor,
+        pipeline=arguments.pipeline,
+        schedule=arguments.schedule,
+        virtual_stages=2 if arguments.schedule == "interleaved" else 1,
+    )
     config = make_config(
         arguments.preset, arguments.sequence_length, arguments.micro_batch_size, arguments.precision, parallel
     )
