@@ -37,6 +37,19 @@ def write_config(folder: Path, prefix: Path, **sections: dict[str, Any]) -> Path
     return path
 
 
+def write_dropout_config(folder: Path, prefix: Path, interval: int, **train: Any) -> Path:
+    """A small GPT-2 with dropout over two stages: masks, order of samples and optimizer state must all come back."""
+    return write_config(
+        folder,
+        prefix,
+        model={"preset": "gpt2-tiny", "vocab_size": 512, "hidden_dropout": 0.1},
+        data={"sequence_length": 64},
+        train=train,
+        parallel={"pipeline": 2},
+        checkpoint={"interval": interval, "keep": 3},
+    )
+
+
 def environment() -> dict[str, str]:
     """This process' environment without the marks of a launcher."""
     drop = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}

@@ -24,7 +24,7 @@ from tests.cli.processes import (
     started,
     torchrun_command,
     wait_for_step,
-    write_config,
+    write_dropout_config,
 )
 from tests.conftest import REPOSITORY
 from tests.ranks import free_port
@@ -35,16 +35,7 @@ KILLS = 20
 
 @pytest.fixture
 def config(tmp_path: Path, sample_data: Path) -> Path:
-    """A small GPT-2 with dropout: masks, order of samples and optimizer state must all come back."""
-    return write_config(
-        tmp_path,
-        sample_data,
-        model={"preset": "gpt2-tiny", "vocab_size": 512, "hidden_dropout": 0.1},
-        data={"sequence_length": 64},
-        train={"steps": 130},
-        parallel={"pipeline": 2},
-        checkpoint={"interval": 5, "keep": 3},
-    )
+    return write_dropout_config(tmp_path, sample_data, interval=5, steps=130)
 
 
 def _workers(launcher: int) -> list[int]:

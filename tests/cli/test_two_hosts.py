@@ -20,7 +20,7 @@ from tests.cli.processes import (
     started,
     torchrun_command,
     wait_for_step,
-    write_config,
+    write_dropout_config,
 )
 from tests.conftest import REPOSITORY
 
@@ -79,15 +79,7 @@ def cable() -> Iterator[Cable]:
 
 @pytest.fixture
 def config(tmp_path: Path, sample_data: Path) -> Path:
-    return write_config(
-        tmp_path,
-        sample_data,
-        model={"preset": "gpt2-tiny", "vocab_size": 512, "hidden_dropout": 0.1},
-        data={"sequence_length": 64},
-        train={"steps": STEPS, "timeout_minutes": TIMEOUT_MINUTES},
-        parallel={"pipeline": 2},
-        checkpoint={"interval": 10},
-    )
+    return write_dropout_config(tmp_path, sample_data, interval=10, steps=STEPS, timeout_minutes=TIMEOUT_MINUTES)
 
 
 def _ranks(host: str) -> int:
