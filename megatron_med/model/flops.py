@@ -27,3 +27,22 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int) -> float
     matrices = config.num_layers * layer_cost(config) + config.vocab_size * config.hidden_size
     attention = config.num_layers * config.num_attention_heads * config.head_dim * sequence_length / 2
     return 6.0 * matrices + 12.0 * attention
+
+
+def parameter_flops_per_token(config: ModelConfig) -> float:
+    """6 per parameter, embedding included: the count that many papers divide by the peak (Kaplan et al. 2020)."""
+    return 6.0 * parameter_count(config)
+
+
+def hardware_flops_per_token(config: ModelConfig, sequence_length: int, recomputed_layers: int) -> float:
+    """Floating-point operations that run, recomputation included, as Narayanan et al. 2021 (equation 3) count them:
+    attention over all pairs of tokens, the true vocabulary.
+
+    Args:
+        config: the model.
+        sequence_length: tokens of a sample.
+        recomputed_layers: layers whose forward pass runs twice.
+    """
+    layer = 2.0 * layer_cost(config) + 4.0 * config.num_attention_heads * config.head_dim * sequence_length
+    head = 2.0 * config.vocab_size * config.hidden_size
+    return (3 * config.num_layers + recomputed_layers) * layer + 3 * head

@@ -37,17 +37,17 @@ class BucketedDataParallel(DataParallel):
         axis = context.dp_shard if shard else Axis()
         replicas = context.dp_replicate if shard else context.dp
         self._complete: list[Bucket] = []
-        self._buckets: list[Bucket] = []  # in the order of the forward pass
+        self.buckets: list[Bucket] = []  # in the order of the forward pass
         for chunk in chunks:
             trained = [parameter for layout, parameter in parameters_with_layout(chunk) if layout.trained]
             for parameters in reversed(_fill(reversed(trained))):
-                self._buckets.append(Bucket(parameters, axis, replicas, context, self._on_complete))
+                self.buckets.append(Bucket(parameters, axis, replicas, context, self._on_complete))
         self._await_in_forward(chunks)
-        self.owned = [item for bucket in self._buckets for item in reversed(bucket.owned)]
+        self.owned = [item for bucket in self.buckets for item in reversed(bucket.owned)]
 
     def begin_step(self, micro_batches: int) -> None:
         self._complete.clear()
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             bucket.begin_step(micro_batches)
 
     def _on_complete(self, bucket: Bucket) -> None:
@@ -59,7 +59,7 @@ class BucketedDataParallel(DataParallel):
         self._complete.append(bucket)
 
     def complete_reduction(self) -> None:
-        late = [bucket for bucket in self._buckets if not bucket.is_complete]
+        late = [bucket for bucket in self.buckets if not bucket.is_complete]
         assert not late, f"{len(late)} gradient buckets are not complete: a parameter got no gradient"
         if not self.context.overlap.gradient_reduce:
             for bucket in self._complete:
@@ -71,18 +71,18 @@ class BucketedDataParallel(DataParallel):
 
     @torch.no_grad()
     def publish(self) -> None:
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             bucket.publish()
             if not self.context.overlap.weight_gather:
                 bucket.await_weights()
 
     def await_weights(self) -> None:
-        for bucket in self._buckets:
+        for bucket in self.buckets:
             bucket.await_weights()
 
     def _await_in_forward(self, chunks: nn.ModuleList) -> None:
         """Each module waits for the buckets of its own parameters before it computes."""
-        bucket_of = {id(parameter): bucket for bucket in self._buckets for parameter in bucket.parameters}
+        bucket_of = {id(parameter): bucket for bucket in self.buckets for parameter in bucket.parameters}
         for module in chunks.modules():
             own = [bucket_of[id(p)] for p in module.parameters(recurse=False) if id(p) in bucket_of]
             for bucket in dict.fromkeys(own):
@@ -137,7 +137,7 @@ class _Slicing:
 
 
 class Bucket:
-    """Parameters whose gradients travel together.
+    """Parameters whose gradients travel together. ``row`` is the number of elements of one rank's slices.
 
     With slices the travelling buffer is ``[ranks, elements]``: row r holds rank r's slice of every parameter.
     The copy into it costs once a step.
@@ -167,8 +167,8 @@ class Bucket:
         total = sum(parameter.numel() for parameter in parameters)
         self._flat = torch.zeros(total, dtype=torch.float32, device=context.device)
         self._main_grads = _views(self._flat, [parameter.shape for parameter in parameters])
-        self._row = sum(_numel(slicing.piece_shape) for slicing in self._slicings)
-        self._reduced = self._flat if axis.size == 1 else self._flat.new_zeros(self._row)
+        self.row = sum(_numel(slicing.piece_shape) for slicing in self._slicings)
+        self._reduced = self._flat if axis.size == 1 else self._flat.new_zeros(self.row)
         self._missing = 0
         self._scattering: Pending | None = None
         self._summing: Pending | None = None
@@ -229,7 +229,7 @@ class Bucket:
         if self._axis.group is None:
             self._scattering = Pending(self._reduced)
             return
-        buffer = self._flat.new_empty(self._axis.size, self._row)
+        buffer = self._flat.new_empty(self._axis.size, self.row)
         self._pack(buffer, [s.pieces(grad) for s, grad in zip(self._slicings, self._main_grads, strict=True)])
         work = dist.reduce_scatter_single(self._reduced, buffer.view(-1), group=self._axis.group, async_op=True)
         self._scattering = Pending(self._reduced, work, buffer)
@@ -260,11 +260,11 @@ class Bucket:
                     item.parameter.copy_(item.master)
             return
         dtype = self.parameters[0].dtype
-        row = torch.zeros(self._row, dtype=dtype, device=self._context.device)
+        row = torch.zeros(self.row, dtype=dtype, device=self._context.device)
         pieces = _views(row, [slicing.piece_shape for slicing in self._slicings])
         for item, slicing, piece in zip(self.owned, self._slicings, pieces, strict=True):
             slicing.trim(piece).copy_(item.master)
-        gathered = row.new_empty(self._axis.size, self._row)
+        gathered = row.new_empty(self._axis.size, self.row)
         work = dist.all_gather_single(gathered.view(-1), row, group=self._axis.group, async_op=True)
         self._gathering = Pending(gathered, work, row)
 

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_med.parallel.schedule import Action, Backward, BackwardInput, BackwardWeight, Forward, Schedule
 
 Place = tuple[int, Action]
 """(stage, action)"""
+
+Interval = tuple[int, Action, float, float]
+"""(stage, action, start, end)"""
+
+Durations = Callable[[int, Action], float]
+"""(stage, action) -> its time"""
 
 
 class ScheduleError(AssertionError):
@@ -24,22 +31,43 @@ class Simulation:
         bubble_share: idle time of all stages as a share of stages x makespan.
         peak_activations: micro-batches alive at once, per stage; with several chunks a micro-batch in one chunk
             counts as one piece.
-        intervals: ``(stage, action, start, end)`` of every action.
+        intervals: of every action.
     """
 
     makespan: float
     bubble_share: float
     peak_activations: list[int]
-    intervals: list[tuple[int, Action, float, float]]
+    intervals: list[Interval]
 
 
-def simulate(schedule: Schedule, forward_time: float = 1.0, backward_time: float = 2.0) -> Simulation:
-    """Runs a schedule on paper; transfers take no time.
+def uniform(forward_time: float, backward_time: float) -> Durations:
+    """Every chunk takes as long. The input and the weight part of a split backward pass take half each."""
+    times = {
+        Forward: forward_time,
+        Backward: backward_time,
+        BackwardInput: backward_time / 2,
+        BackwardWeight: backward_time / 2,
+    }
+    return lambda _stage, action: times[type(action)]
+
+
+def simulate(
+    schedule: Schedule,
+    forward_time: float = 1.0,
+    backward_time: float = 2.0,
+    *,
+    durations: Durations | None = None,
+    transfers: Sequence[float] | None = None,
+    blocks: bool = False,
+) -> Simulation:
+    """Runs a schedule on paper.
 
     Args:
         schedule: any.
-        forward_time, backward_time: of one micro-batch through one chunk. The input and the weight part of a
-            split backward pass take half each.
+        forward_time, backward_time: of one micro-batch through one chunk.
+        durations: time of each action instead.
+        transfers: time of a message between each stage and the next, the last one's to the first; None: none.
+        blocks: a stage stands still until its message has arrived.
 
     Raises:
         ScheduleError: an action is missing or doubled, the stages wait for each other for ever, or a stage receives
@@ -47,14 +75,11 @@ def simulate(schedule: Schedule, forward_time: float = 1.0, backward_time: float
     """
     _check_complete(schedule)
     chunks = 1 + max((action.chunk for action in schedule[0]), default=0)
-    durations = {
-        Forward: forward_time,
-        Backward: backward_time,
-        BackwardInput: backward_time / 2,
-        BackwardWeight: backward_time / 2,
-    }
+    durations = durations or uniform(forward_time, backward_time)
+    transfers = transfers or [0.0] * len(schedule)
+    arrivals: dict[Place, float] = {}
     ends: dict[Place, float] = {}
-    intervals: list[tuple[int, Action, float, float]] = []
+    intervals: list[Interval] = []
     position = [0] * len(schedule)
     clock = [0.0] * len(schedule)
     remaining = sum(map(len, schedule))
@@ -66,9 +91,12 @@ def simulate(schedule: Schedule, forward_time: float = 1.0, backward_time: float
                 needed = dependencies(action, stage, len(schedule), chunks)
                 if any(need not in ends for need in needed):
                     break
-                start = max([clock[stage], *(ends[need] for need in needed)])
-                end = start + durations[type(action)]
-                ends[stage, action] = clock[stage] = end
+                times = (ends[need] if need[0] == stage else arrivals[need] for need in needed)
+                start = max([clock[stage], *times])
+                end = start + durations(stage, action)
+                ends[stage, action] = end
+                arrivals[stage, action] = end + _transfer(stage, action, transfers, chunks)
+                clock[stage] = arrivals[stage, action] if blocks else end
                 intervals.append((stage, action, start, end))
                 position[stage] += 1
                 remaining -= 1
@@ -81,7 +109,7 @@ def simulate(schedule: Schedule, forward_time: float = 1.0, backward_time: float
             }
             raise ScheduleError(f"deadlock: {stuck}")
     _check_transfers(schedule, chunks)
-    makespan = max(clock)
+    makespan = max(end for _, _, _, end in intervals)
     busy = sum(end - start for _, _, start, end in intervals)
     return Simulation(
         makespan=makespan,
@@ -106,6 +134,17 @@ def dependencies(action: Action, stage: int, stages: int, chunks: int) -> list[P
     elif chunk < chunks - 1:
         needs.append((0, type(action)(index, chunk + 1)))
     return needs
+
+
+def _transfer(stage: int, action: Action, transfers: Sequence[float], chunks: int) -> float:
+    """Time of the message that an action sends; 0 where it sends none."""
+    stages = len(transfers)
+    if isinstance(action, Forward):
+        is_end = stage == stages - 1 and action.chunk == chunks - 1
+        return 0.0 if is_end else transfers[stage]
+    if isinstance(action, BackwardWeight) or (stage == 0 and action.chunk == 0):
+        return 0.0
+    return transfers[stage - 1]
 
 
 def _check_complete(schedule: Schedule) -> None:
@@ -140,12 +179,18 @@ def _check_transfers(schedule: Schedule, chunks: int) -> None:
 
 
 def _peak(actions: list[Action]) -> int:
-    """A micro-batch is alive from its forward pass to the end of its backward pass, weight part included."""
-    alive = peak = 0
+    return max((alive for _, alive in alive_during(actions, lambda _chunk: 1)), default=0)
+
+
+def alive_during(actions: Sequence[Action], kept: Callable[[int], int]) -> Iterator[tuple[Action, int]]:
+    """Each action of a stage with what is alive while it runs, in units of ``kept(chunk)``.
+
+    A micro-batch is alive from its forward pass to the end of its backward pass, weight part included.
+    """
+    alive = 0
     for action in actions:
         if isinstance(action, Forward):
-            alive += 1
-        elif not isinstance(action, BackwardInput):
-            alive -= 1
-        peak = max(peak, alive)
-    return peak
+            alive += kept(action.chunk)
+        yield action, alive
+        if isinstance(action, (Backward, BackwardWeight)):
+            alive -= kept(action.chunk)

@@ -1,0 +1,1 @@
+"""Memory and time of a configuration on a cluster, without the cluster."""

@@ -1,0 +1,235 @@
+"""Traces of pieces of a model: one or two layers with or without embedding and head, forward and backward.
+
+A chunk of any length is one of these plus equal layers, so a plan takes seconds where running the model takes hours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_med.config import Config, ModelConfig
+from megatron_med.config.layers import Chunk
+from megatron_med.config.schema import OverlapConfig
+from megatron_med.model.batch import MicroBatch
+from megatron_med.model.build import DTYPES, FAMILIES
+from megatron_med.model.recompute import Recompute
+from megatron_med.model.transformer import Transformer
+from megatron_med.parallel.buckets import BucketedDataParallel
+from megatron_med.parallel.context import Axis, ParallelContext
+from megatron_med.parallel.weight_products import WeightProduct
+from megatron_med.plan.trace import Recorder, Trace
+
+_LARGEST_GROUP = 1024
+"""GPUs of a node never exceed it, and tensor-parallel groups stay within a node."""
+
+
+@dataclass(frozen=True)
+class PieceShape:
+    """All that the trace of a piece depends on."""
+
+    model: ModelConfig
+    tensor: int
+    sequence_parallel: bool
+    overlap_tensor: bool
+    precision: str
+    sequence_length: int
+    micro_batch_size: int
+    isolate_documents: bool
+    past_autograd: bool
+    splits_backward: bool
+    recompute: Recompute
+    has_embedding: bool = False
+    has_head: bool = False
+    layers: int = 1
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one micro-batch costs.
+
+    Attributes:
+        forward, backward: traces.
+        weight_products: trace of the weight part where the backward pass is split.
+        kept: bytes that stay between forward and backward, the received hidden states included.
+        forward_excess, backward_excess: bytes above ``kept`` at the peak of each pass.
+        hidden_bytes: of the hidden states that travel between stages.
+    """
+
+    forward: Trace
+    backward: Trace
+    weight_products: Trace | None
+    kept: int
+    forward_excess: int
+    backward_excess: int
+    hidden_bytes: int
+
+
+def shape_of(config: Config) -> PieceShape:
+    """The shape of one layer of a configuration."""
+    parallel = config.parallel
+    return PieceShape(
+        model=config.model,
+        tensor=parallel.tensor,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
+        overlap_tensor=parallel.overlap.tensor,
+        precision=config.precision,
+        sequence_length=config.data.sequence_length,
+        micro_batch_size=config.train.micro_batch_size,
+        isolate_documents=config.data.isolate_documents,
+        past_autograd=parallel.sharding != "full",
+        splits_backward=parallel.schedule == "zero_bubble",
+        recompute=Recompute(config.recompute, config.recompute_interval),
+    )
+
+
+@dataclass(frozen=True)
+class ChunkCost:
+    """Prices a chunk of layers out of its pieces.
+
+    Args:
+        ends: one layer with the chunk's embedding and head.
+        layer: one layer alone and two layers, for each kind (computed again or kept) that the chunk has.
+        extra: how many further layers of each kind.
+    """
+
+    ends: Piece
+    layers: tuple[tuple[Piece, Piece, int], ...]
+
+    def total(self, quantity: Callable[[Piece], float]) -> float:
+        """A quantity that adds up over layers."""
+        added = sum(count * (quantity(two) - quantity(one)) for one, two, count in self.layers)
+        return quantity(self.ends) + added
+
+    def largest(self, quantity: Callable[[Piece], float]) -> float:
+        """A quantity of which the dearest piece counts."""
+        return max([quantity(self.ends), *(quantity(two) for _, two, count in self.layers if count)])
+
+
+def chunk_cost(shape: PieceShape, chunk: Chunk) -> ChunkCost:
+    """The cost of one micro-batch through ``chunk``."""
+    kinds = [shape.recompute.whole_layer(index) for index in chunk.layers]
+    ends = replace(_with_kind(shape, kinds[0]), has_embedding=chunk.is_first, has_head=chunk.is_last, layers=1)
+    layers = []
+    for kind in dict.fromkeys(kinds):
+        one = _with_kind(shape, kind)
+        count = kinds.count(kind) - (kind == kinds[0])
+        layers.append((trace_piece(one), trace_piece(replace(one, layers=2)), count))
+    return ChunkCost(trace_piece(ends), tuple(layers))
+
+
+def _with_kind(shape: PieceShape, is_recomputed: bool) -> PieceShape:
+    if shape.recompute.mode != "full":
+        return shape
+    return replace(shape, recompute=Recompute("full" if is_recomputed else "none"))
+
+
+@contextmanager
+def fake_world() -> Iterator[None]:
+    """Within, pieces can be traced: a world of torch's fake backend, whose collectives move nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=_LARGEST_GROUP)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+        _tensor_group.cache_clear()
+
+
+@cache
+def trace_piece(shape: PieceShape) -> Piece:
+    """Runs a piece once, on tensors without data."""
+    context = _context(shape)
+    groups = {} if context.tp.group is None else {str(context.tp.group.group_name): "tp"}
+    dtype = DTYPES[shape.precision]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        chunk = Chunk(range(shape.layers), shape.has_embedding, shape.has_head)
+        stage = FAMILIES[shape.model.family](shape.model, context, chunk, dtype, shape.recompute)
+        _take_gradients(stage, context, shape.past_autograd)
+        batch = _batch(shape)
+        with Recorder(groups) as recorder:
+            return _run(stage, batch, recorder, shape)
+
+
+def _context(shape: PieceShape) -> ParallelContext:
+    tp = Axis()
+    if shape.tensor > 1:
+        tp = Axis(shape.tensor, 0, tuple(range(shape.tensor)), _tensor_group(shape.tensor))
+    return ParallelContext(
+        device=torch.device("cpu"),
+        tp=tp,
+        sequence_parallel=shape.sequence_parallel,
+        overlap=OverlapConfig(tensor=shape.overlap_tensor),
+    )
+
+
+@cache
+def _tensor_group(size: int) -> dist.ProcessGroup:
+    assert dist.is_initialized(), "pieces are traced within fake_world()"
+    return dist.new_group(list(range(size)), backend="fake")
+
+
+def _take_gradients(stage: Transformer, context: ParallelContext, past_autograd: bool) -> None:
+    """Gradients go where the real run has them go: into fp32 buckets, or to FSDP2, which takes each at once."""
+    if past_autograd:
+        data_parallel = BucketedDataParallel(nn.ModuleList([stage]), context, shard=False)
+        data_parallel.begin_step(1)
+        return
+
+    def taken(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in stage.parameters():
+        parameter.register_post_accumulate_grad_hook(taken)
+
+
+def _batch(shape: PieceShape) -> MicroBatch:
+    size = shape.micro_batch_size, shape.sequence_length
+    tokens = torch.zeros(size, dtype=torch.int64)
+    allowed = None
+    if shape.isolate_documents:
+        allowed = torch.ones(size[0], 1, size[1], size[1], dtype=torch.bool)
+    return MicroBatch(tokens, tokens, torch.ones(size), tokens, "plan", allowed)
+
+
+def _run(stage: Transformer, batch: MicroBatch, recorder: Recorder, shape: PieceShape) -> Piece:
+    """One forward and one backward pass as the pipeline engine runs them."""
+    dtype = DTYPES[shape.precision]
+    received: Tensor | None = None
+    stage.train()
+    hidden_shape = stage.hidden_shape(batch)
+    hidden_bytes = torch.Size(hidden_shape).numel() * dtype.itemsize
+    with recorder.section() as forward:
+        if not shape.has_embedding:
+            received = torch.empty(hidden_shape, dtype=dtype).requires_grad_()
+        out = stage(received, batch)
+        result = stage.loss(out, batch) if shape.has_head else get_gradient_edge(out)
+        del out
+    kept = recorder.live
+    forward_excess = recorder.peak - kept
+    products = stage.context.weight_products
+    with recorder.section() as backward:
+        gradient = torch.ones(()) if shape.has_head else torch.empty(hidden_shape, dtype=dtype)
+        put_off: list[WeightProduct] = []
+        with products.put_off() if shape.splits_backward else nullcontext(put_off) as put_off:
+            torch.autograd.backward(result, gradient)
+        del result, gradient
+    backward_excess = recorder.peak - kept
+    weight_products = None
+    if shape.splits_backward:
+        with recorder.section() as weight_products, torch.no_grad():
+            while put_off:
+                put_off.pop(0)()
+        backward_excess = max(backward_excess, recorder.peak - kept)
+    return Piece(forward, backward, weight_products, kept, forward_excess, backward_excess, hidden_bytes)

@@ -1,0 +1,168 @@
+"""Seconds of a trace on an accelerator: every kernel by what bounds it, collectives beside computation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_med.plan.cluster import Cluster
+from megatron_med.plan.trace import Collective, Event, Kernel, Trace, Wait
+
+
+@dataclass(frozen=True)
+class Software:
+    """Properties of the software that a prediction takes as given.
+
+    Attributes:
+        elementwise: separate, every operation is a kernel that reads and writes memory; fused, neighbouring ones
+            are one kernel and what dies between them stays on the chip.
+        attention: flash2 or flash1 (Dao 2022, 2023); scores, two products and a fused softmax with all scores in
+            memory (Megatron-LM of 2021).
+    """
+
+    elementwise: Literal["separate", "fused"] = "separate"
+    attention: Literal["flash2", "flash1", "scores"] = "flash2"
+
+
+@dataclass(frozen=True)
+class Pricer:
+    """Turns events into seconds.
+
+    Args:
+        cluster: where they run.
+        software: how they are implemented.
+        element_bytes: of the activations.
+        groups: ranks of each group by the label that traces use; others take the ranks they were traced with.
+    """
+
+    cluster: Cluster
+    software: Software
+    element_bytes: int
+    groups: dict[str, tuple[int, ...]]
+
+    def seconds(self, trace: Trace, free_collectives: bool = False) -> float:
+        """From the first event to the end of the last kernel and collective; ``free_collectives`` take no time."""
+        clock = 0.0
+        free: dict[str, float] = {}
+        ends: dict[int, float] = {}
+        for event in self._fused(trace):
+            if isinstance(event, Wait):
+                clock = max(clock, ends[event.number])
+            elif isinstance(event, Collective):
+                start = max(clock, free.get(event.group, 0.0))
+                took = 0.0 if free_collectives else self.collective(event)
+                ends[event.number] = free[event.group] = start + took
+            else:
+                clock = self.beside(clock, self.kernel(event), max(free.values(), default=0.0))
+        return max([clock, *ends.values()])
+
+    def beside(self, clock: float, seconds: float, busy_until: float) -> float:
+        """End of computation that begins at ``clock`` and shares the device with collectives until ``busy_until``."""
+        kind = self.cluster.accelerator
+        rate = 1 - kind.collective_multiprocessors / kind.multiprocessors
+        shared = max(0.0, busy_until - clock)
+        if seconds <= shared * rate:
+            return clock + seconds / rate
+        return clock + shared + (seconds - shared * rate)
+
+    def kernel(self, kernel: Kernel) -> float:
+        """Seconds of one kernel that has the device for itself."""
+        kind = self.cluster.accelerator
+        moved = sum(kernel.reads.values()) + sum(kernel.writes.values())
+        seconds = self.memory(moved)
+        if kernel.kind == "product":
+            batch, rows, columns, _ = kernel.shape
+            efficiency = kind.product_efficiency(rows, columns, batch)
+            seconds = max(seconds, kernel.flops / (kind.peak_flops * efficiency))
+        elif kernel.kind != "elementwise":
+            if self.software.attention == "scores":
+                return self._scores(kernel)
+            seconds = max(seconds, kernel.flops / (kind.peak_flops * self._attention_share(kernel)))
+        return seconds + kind.kernel_seconds
+
+    def memory(self, moved: float) -> float:
+        """Seconds to move bytes through the device memory."""
+        kind = self.cluster.accelerator
+        return moved / (kind.memory_bandwidth * kind.memory_share)
+
+    def collective(self, event: Collective) -> float:
+        """Seconds of one collective that has its links for itself (ring algorithms)."""
+        ranks = self.groups.get(event.group, event.ranks)
+        return self.transfer(event.operation, event.size, ranks)
+
+    def transfer(self, operation: str, size: float, ranks: tuple[int, ...]) -> float:
+        """Seconds of a collective over ``ranks``; of a message between the two of them."""
+        if len(ranks) < 2:
+            return 0.0
+        bandwidth, latency = self.cluster.bandwidth(ranks)
+        hops = wire_hops(operation, len(ranks))
+        return hops * latency + wire_bytes(operation, size, len(ranks)) / bandwidth
+
+    def _attention_share(self, kernel: Kernel) -> float:
+        kind, first = self.cluster.accelerator, self.software.attention == "flash1"
+        if kernel.kind == "attention_forward":
+            return kind.attention1_forward if first else kind.attention_forward
+        return kind.attention1_backward if first else kind.attention_backward
+
+    def _scores(self, kernel: Kernel) -> float:
+        """Attention with its scores in memory: batched products over all pairs, then softmax and dropout kernels."""
+        kind = self.cluster.accelerator
+        heads, seq, keys, width = kernel.shape
+        scores = float(heads * seq * keys)
+        operands = heads * (seq + keys) * width
+        product_bytes = self.element_bytes * (scores + operands)
+        efficiency = kind.product_efficiency(seq, keys, heads)
+        product = max(2 * scores * width / (kind.peak_flops * efficiency), self.memory(product_bytes))
+        is_forward = kernel.kind == "attention_forward"
+        # forward: softmax reads and writes, dropout reads and writes; backward: the same and the softmax read again
+        passes = 4 if is_forward else 5
+        softmax = self.memory((passes * self.element_bytes + 1) * scores)
+        return (2 if is_forward else 4) * (product + kind.kernel_seconds) + softmax + 2 * kind.kernel_seconds
+
+    def _fused(self, trace: Trace) -> Iterable[Event]:
+        """The events, runs of element-wise kernels as one where the software fuses them."""
+        if self.software.elementwise == "separate":
+            yield from trace.events
+            return
+        run: list[Kernel] = []
+        for place, event in enumerate(trace.events):
+            if isinstance(event, Kernel) and event.kind == "elementwise":
+                run.append(event)
+                continue
+            if run:
+                yield _one_kernel(run, place, trace.deaths)
+                run = []
+            yield event
+        if run:
+            yield _one_kernel(run, len(trace.events), trace.deaths)
+
+
+def wire_bytes(operation: str, size: float, ranks: int) -> float:
+    """Bytes that each rank sends in a ring, ``size`` being the whole tensor's."""
+    if operation == "all_reduce":
+        return 2 * size * (ranks - 1) / ranks
+    if operation in ("all_gather", "reduce_scatter"):
+        return size * (ranks - 1) / ranks
+    return size
+
+
+def wire_hops(operation: str, ranks: int) -> int:
+    """Steps of the ring."""
+    if operation == "all_reduce":
+        return 2 * (ranks - 1)
+    return ranks - 1 if operation in ("all_gather", "reduce_scatter") else 1
+
+
+def _one_kernel(run: list[Kernel], end: int, deaths: dict[int, int]) -> Kernel:
+    """What a run of kernels reads from outside, and what of it lives on."""
+    made: dict[int, int] = {}
+    reads: dict[int, int] = {}
+    for kernel in run:
+        for storage, size in kernel.reads.items():
+            if storage not in made:
+                reads[storage] = max(size, reads.get(storage, 0))
+        for storage, size in kernel.writes.items():
+            made[storage] = max(size, made.get(storage, 0))
+    writes = {storage: size for storage, size in made.items() if deaths.get(storage, end + 1) > end}
+    return Kernel("elementwise", "+".join(kernel.name for kernel in run), 0.0, (0, 0, 0, 0), reads, writes)

@@ -1,0 +1,264 @@
+"""Writes down what code does on tensors without data: kernels, collectives and memory.
+
+Within ``FakeTensorMode`` a ``Recorder`` sees every operation that the real code would run, forward and backward. It
+can run over real tensors as well: the counts are the same.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+KernelKind = Literal["product", "attention_forward", "attention_backward", "elementwise"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch on the device.
+
+    Attributes:
+        kind: what bounds its time.
+        name: operation.
+        flops: of a product or attention; 0 for element-wise work, which memory bounds.
+        shape: of a product: batch, rows, columns, inner.
+        reads, writes: storage -> bytes.
+    """
+
+    kind: KernelKind
+    name: str
+    flops: float
+    shape: tuple[int, int, int, int]
+    reads: Mapping[int, int]
+    writes: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective or message is issued.
+
+    Attributes:
+        number: that its ``Wait`` refers to.
+        operation: all_reduce, all_gather, reduce_scatter, broadcast, send or receive.
+        group: label of the group.
+        size: bytes of the larger of input and output.
+        ranks: of the group.
+    """
+
+    number: int
+    operation: str
+    group: str
+    size: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The computation needs the result of a collective."""
+
+    number: int
+
+
+Event = Kernel | Collective | Wait
+
+
+@dataclass
+class Trace:
+    """What was recorded.
+
+    Attributes:
+        events: in order.
+        deaths: storage -> number of events before it was freed; storages that outlive the trace are absent.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    deaths: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def kernels(self) -> list[Kernel]:
+        return [event for event in self.events if isinstance(event, Kernel)]
+
+    @property
+    def collectives(self) -> list[Collective]:
+        return [event for event in self.events if isinstance(event, Collective)]
+
+
+_COLLECTIVES = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+    "broadcast_": "broadcast",
+    "send": "send",
+    "recv_": "receive",
+}
+_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+
+
+class _RecordedWork(dist._Work):
+    """Stands for a collective that is under way."""
+
+    def __init__(self, recorder: Recorder, number: int) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._number = number
+
+    def wait(self, timeout: Any = None) -> bool:
+        self._recorder.trace.events.append(Wait(self._number))
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+class Recorder(TorchDispatchMode):
+    """Records everything that runs within it.
+
+    Args:
+        groups: label of each process group by its name; others keep their name.
+        moves_data: collectives really run and are waited for (over real tensors); else nothing moves.
+
+    Attributes:
+        trace: the current one; ``section`` gives a fresh one.
+        live, peak: bytes of all storages made within, now and at most.
+    """
+
+    def __init__(self, groups: Mapping[str, str] | None = None, moves_data: bool = False) -> None:
+        super().__init__()
+        self._groups = dict(groups or {})
+        self._moves_data = moves_data
+        self._works: list[_RecordedWork] = []  # autograd holds the C++ half only
+        self._storages: dict[int, int] = {}  # address of the storage -> its number
+        self._made = 0
+        self.trace = Trace()
+        self.live = 0
+        self.peak = 0
+
+    @contextmanager
+    def section(self) -> Iterator[Trace]:
+        """A trace of its own for what runs within; ``peak`` starts again from what is live."""
+        outer, self.trace = self.trace, Trace()
+        self.peak = self.live
+        try:
+            yield self.trace
+        finally:
+            self.trace = outer
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function.namespace == "c10d":
+            return self._communicate(function, args, kwargs)
+        out = function(*args, **kwargs)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        known = {self._number(tensor) for tensor in inputs}
+        fresh = [self._number(tensor, is_new=True) not in known for tensor in outputs]
+        if self._is_free(function, any(fresh)):
+            return out
+        self._compute(function, inputs, outputs, args)
+        return out
+
+    @staticmethod
+    def _is_free(function: Any, makes_memory: bool) -> bool:
+        """Views and uninitialised memory cost nothing."""
+        if function._opname in ("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"):
+            return True
+        return not makes_memory and not function._schema.is_mutable
+
+    def _compute(self, function: Any, inputs: list[Tensor], outputs: list[Tensor], args: Any) -> None:
+        name = function._opname
+        kind, flops, shape = _arithmetic(name, inputs, args)
+        reads = {self._number(tensor): _extent(tensor) for tensor in inputs}
+        writes = {self._number(tensor): _extent(tensor) for tensor in outputs}
+        if function._schema.is_mutable and name.startswith(("copy_", "fill_", "zero_", "normal_")):
+            for target in writes:
+                reads.pop(target, None)
+        if self._adds_product_to_sum(name, inputs):
+            product = self.trace.events.pop()
+            assert isinstance(product, Kernel), "the last event was a product"
+            kind, flops, shape = product.kind, product.flops, product.shape
+            fresh = self._number(inputs[1])
+            reads = {**product.reads, **{key: size for key, size in reads.items() if key != fresh}}
+            name = "addmm"
+        self.trace.events.append(Kernel(kind, name, flops, shape, reads, writes))
+
+    def _adds_product_to_sum(self, name: str, inputs: list[Tensor]) -> bool:
+        """CUDA sums a half-precision product straight into fp32, where the CPU adds its result."""
+        if name != "add_" or len(inputs) != 2 or inputs[0].dtype != torch.float32 or inputs[1].dtype == torch.float32:
+            return False
+        last = self.trace.events[-1] if self.trace.events else None
+        return isinstance(last, Kernel) and last.kind == "product" and self._number(inputs[1]) in last.writes
+
+    def _communicate(self, function: Any, args: Any, kwargs: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        for tensor in tensors:
+            self._number(tensor)
+        group = next(dist.ProcessGroup.unbox(leaf) for leaf in args if isinstance(leaf, torch.ScriptObject))
+        number = len(self._works)
+        work = _RecordedWork(self, number)
+        self._works.append(work)
+        self.trace.events.append(
+            Collective(
+                number,
+                _COLLECTIVES.get(function._opname, function._opname),
+                self._groups.get(group.group_name, group.group_name),
+                max((tensor.numel() * tensor.element_size() for tensor in tensors), default=0),
+                tuple(dist.get_process_group_ranks(group)),
+            )
+        )
+        out = function(*args, **kwargs)
+        if self._moves_data:
+            return out
+        return (*out[:-1], work.boxed()) if isinstance(out, (tuple, list)) else work.boxed()
+
+    def _number(self, tensor: Tensor, is_new: bool = False) -> int:
+        """Number of a tensor's storage. One that is made within the trace is live until it is freed."""
+        storage = tensor.untyped_storage()
+        address = storage._cdata
+        if address not in self._storages:
+            size = storage.nbytes() if is_new else 0
+            self._made += 1
+            self._storages[address] = self._made
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._freed, address, size)
+        return self._storages[address]
+
+    def _freed(self, address: int, size: int) -> None:
+        number = self._storages.pop(address)
+        self.live -= size
+        self.trace.deaths[number] = len(self.trace.events)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes of a tensor that a kernel touches; an expanded one is read once."""
+    return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
+
+
+def _arithmetic(name: str, inputs: list[Tensor], args: Any) -> tuple[KernelKind, float, tuple[int, int, int, int]]:
+    """Kind, floating-point operations and (batch, rows, columns, inner) of an operation."""
+    if name in _PRODUCTS:
+        left, right = inputs[-2:]
+        batch = left.shape[0] if left.dim() == 3 else 1
+        rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+        return "product", 2.0 * batch * rows * columns * inner, (batch, rows, columns, inner)
+    if name.startswith(("_scaled_dot_product", "_flash_attention", "_efficient_attention")):
+        is_backward = "backward" in name
+        query, key = (inputs[1], inputs[2]) if is_backward else (inputs[0], inputs[1])
+        heads_and_samples = math.prod(query.shape[:-2])
+        seq, width, keys = query.shape[-2], query.shape[-1], key.shape[-2]
+        causal = 0.5 if any(argument is True for argument in args) else 1.0
+        forward = 4.0 * heads_and_samples * seq * keys * width * causal
+        shape = (heads_and_samples, seq, keys, width)
+        if is_backward:  # five products instead of two (Dao et al. 2022)
+            return "attention_backward", 2.5 * forward, shape
+        return "attention_forward", forward, shape
+    return "elementwise", 0.0, (0, 0, 0, 0)
