@@ -98,12 +98,32 @@ def check_tokenizer(state: CheckpointState, tokenizer: dict[str, Any] | None, fo
         )
 
 
-def _load(entries: dict[str, Tensor], folder: Path) -> None:
+def check_shapes(entries: dict[str, Tensor], folder: Path) -> Reader:
+    """Refuses a checkpoint that lacks an entry, or holds one of another shape.
+
+    Raises:
+        CheckpointError: names the first such entry.
+    """
     reader = Reader(folder)
-    missing = sorted(set(entries) - set(reader.shapes()))
+    shapes = reader.shapes()
+    different = [
+        name for name in sorted(entries) if name in shapes and tuple(shapes[name]) != tuple(entries[name].shape)
+    ]
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"The checkpoint {folder} holds {name} as {list(shapes[name])}, the model as {list(entries[name].shape)} "
+            f"({len(different)} entries differ). Choose a checkpoint of this model."
+        )
+    missing = sorted(set(entries) - set(shapes))
     if missing:
         raise CheckpointError(
             f"The checkpoint {folder} does not hold {missing[0]} ({len(missing)} entries are missing). "
             "Load it with checkpoint.load_state: weights, or choose another one."
         )
+    return reader
+
+
+def _load(entries: dict[str, Tensor], folder: Path) -> None:
+    reader = check_shapes(entries, folder)
     load_entries(entries, reader, no_dist=not dist.is_initialized())

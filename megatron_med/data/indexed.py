@@ -57,7 +57,7 @@ class IndexedDataset:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
-        self.bin_path, self.idx_path = _paths(self.prefix)
+        self.bin_path, self.idx_path = token_paths(self.prefix)
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
                 raise DataError(f"There is no {path}. data paths are prefixes: PREFIX.bin and PREFIX.idx must exist.")
@@ -138,7 +138,7 @@ class IndexedDatasetWriter:
     """
 
     def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
-        self._bin_path, self._idx_path = _paths(Path(prefix))
+        self._bin_path, self._idx_path = token_paths(Path(prefix))
         self._dtype = np.dtype(dtype)
         self._sizes: list[int] = []
         self._borders = [0]
@@ -201,7 +201,7 @@ class IndexedDatasetWriter:
         os.replace(self._partial_idx, self._idx_path)
 
 
-def _paths(prefix: Path) -> tuple[Path, Path]:
+def token_paths(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 
 

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Protocol
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_med.data.blend import BlendedDataset
 from megatron_med.data.sampler import MicroBatchPlace, micro_batch_places
 from megatron_med.errors import DataError
 from megatron_med.model.batch import MicroBatch
 from megatron_med.parallel.context import ParallelContext
+
+
+class SampleStream(Protocol):
+    """What a loader needs of a stream of samples: ``BlendedDataset`` has it."""
+
+    def __len__(self) -> int: ...
+
+    def pieces(self, index: int) -> list[npt.NDArray[np.integer]]:
+        """The documents, or parts of documents, that sample ``index`` is packed from."""
+        ...
+
+    def source(self, index: int) -> Path:
+        """Prefix of the files that sample ``index`` comes from."""
+        ...
 
 
 class BatchLoader:
@@ -26,7 +43,7 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: BlendedDataset,
+        dataset: SampleStream,
         context: ParallelContext,
         *,
         sequence_length: int,

@@ -118,4 +118,5 @@ class Optimizer:
             if self._config.name == "decoupled_adamw":  # AdamW multiplies by 1 - lr * weight_decay
                 group["weight_decay"] /= self.initial_lr * group["lr_scale"]
         self._adamw.step()
+        self._adamw.zero_grad()
         self._data_parallel.publish()

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_med.config import ParallelConfig
 from megatron_med.config.schema import OverlapConfig
@@ -102,6 +103,13 @@ def start_process_group(timeout: timedelta) -> tuple[torch.device, RollCall]:
     store, rank, world_size = meet(timeout)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return device, RollCall(dist.PrefixStore("roll_call", store), rank, world_size)
+
+
+def start_fake_process_group(rank: int, world_size: int) -> torch.device:
+    """Makes this process one rank of a world of which no other rank exists: torch's fake backend, whose collectives
+    move nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    return torch.device("cpu")
 
 
 def create_context(config: ParallelConfig, device: torch.device, timeout: timedelta | None = None) -> ParallelContext:

@@ -63,8 +63,9 @@ class FullyShardedDataParallel(DataParallel):
             parameter.parallel_layout = layouts[name]  # type: ignore[attr-defined]
 
     def begin_step(self, micro_batches: int) -> None:
-        for item in self.owned:
+        for item in self.owned:  # the last step's gradients are gone before the new ones come
             item.parameter.grad = None
+            item.gradient = item.gradient.new_zeros(0)
 
     def before_backward(self, chunk: int, is_last: bool) -> None:
         module = cast(FSDPModule, self._chunks[chunk])
@@ -93,7 +94,8 @@ def _mesh(context: ParallelContext) -> DeviceMesh:
     pp, cp, tp = context.pp.rank, context.cp.rank, context.tp.rank
     ranks = context.grid[pp, :, :, cp, tp]
     if context.dp_replicate.size == 1:
-        return DeviceMesh.from_group(_group(context.dp_shard), context.device.type, mesh_dim_names=("dp_shard",))
+        group = _group(context.dp_shard)
+        return DeviceMesh.from_group(group, context.device.type, mesh=ranks[0], mesh_dim_names=("dp_shard",))
     groups = [_group(context.dp_replicate), _group(context.dp_shard)]
     return DeviceMesh.from_group(groups, context.device.type, mesh=ranks, mesh_dim_names=("dp_replicate", "dp_shard"))
 

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import get_gradient_edge
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_med.config import Config, ModelConfig
 from megatron_med.config.layers import Chunk
@@ -25,9 +24,9 @@ from megatron_med.model.build import DTYPES, FAMILIES
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
 from megatron_med.parallel.buckets import BucketedDataParallel
-from megatron_med.parallel.context import Axis, ParallelContext
+from megatron_med.parallel.context import Axis, ParallelContext, start_fake_process_group
+from megatron_med.parallel.trace import Recorder, Trace
 from megatron_med.parallel.weight_products import WeightProduct
-from megatron_med.plan.trace import Recorder, Trace
 
 _LARGEST_GROUP = 1024
 """GPUs of a node never exceed it, and tensor-parallel groups stay within a node."""
@@ -139,7 +138,7 @@ def _with_kind(shape: PieceShape, is_recomputed: bool) -> PieceShape:
 @contextmanager
 def fake_world() -> Iterator[None]:
     """Within, pieces can be traced: a world of torch's fake backend, whose collectives move nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=_LARGEST_GROUP)
+    start_fake_process_group(0, _LARGEST_GROUP)
     try:
         yield
     finally:

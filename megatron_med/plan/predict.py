@@ -18,12 +18,12 @@ from megatron_med.model.recompute import Recompute
 from megatron_med.parallel.context import Axis
 from megatron_med.parallel.schedule import GENERATORS, Action, BackwardInput, BackwardWeight, Forward, Schedule
 from megatron_med.parallel.simulation import Simulation, simulate
+from megatron_med.parallel.trace import Trace
 from megatron_med.plan.cluster import Cluster
 from megatron_med.plan.exposed import beside_gathers, data_parallel_seconds, unit_gathers, unit_reductions
 from megatron_med.plan.pieces import ChunkCost, chunk_cost, fake_world, shape_of
 from megatron_med.plan.price import Pricer, Software
 from megatron_med.plan.stage import BuiltStage, Memory, build_on_meta, peak_memory
-from megatron_med.plan.trace import Trace
 from megatron_med.plan.traffic import Traffic, stage_traffic
 
 

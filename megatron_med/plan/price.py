@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_med.parallel.trace import Collective, Event, Kernel, Trace, Wait
 from megatron_med.plan.cluster import Cluster
-from megatron_med.plan.trace import Collective, Event, Kernel, Trace, Wait
 
 
 @dataclass(frozen=True)

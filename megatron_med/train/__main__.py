@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> int:
     """Runs one rank and returns its exit code."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(message)s")
+    if "--dry-run" in arguments:
+        return _dry_run(arguments)
     if rank != 0 and any(argument.startswith(INFORMATION_FLAGS) for argument in arguments):
         return EXIT_DONE  # rank 0 prints it
     try:
@@ -35,6 +37,12 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         return _refuse(error, rank, peek_output_dir(arguments))
     return _train(config, rank)
+
+
+def _dry_run(arguments: list[str]) -> int:
+    from megatron_med.train.dry_run import main as dry_run
+
+    return dry_run(arguments)
 
 
 def _train(config: Config, rank: int) -> int:

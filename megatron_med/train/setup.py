@@ -106,7 +106,7 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
         config=config,
         folder=folder,
         machinery=machinery,
-        train_data=_loader(config, context, blend(corpora, data.train, total, cache)),
+        train_data=make_loader(config, context, blend(corpora, data.train, total, cache)),
         valid_data=_validation_data(config, context, cache),
         tokenizer=tokenizer,
         progress=progress,
@@ -170,7 +170,8 @@ def _on_first_rank(context: ParallelContext, action: Callable[[], T]) -> T:
     return value
 
 
-def _loader(config: Config, context: ParallelContext, dataset: Any) -> BatchLoader:
+def make_loader(config: Config, context: ParallelContext, dataset: Any) -> BatchLoader:
+    """Reads the micro-batches of this rank from a stream of samples."""
     return BatchLoader(
         dataset,
         context,
@@ -189,7 +190,7 @@ def _validation_data(config: Config, context: ParallelContext, cache: Path) -> B
     sources, length = config.data.valid, config.data.sequence_length
     corpora = open_corpora(sources, length, config.train.seed, config.model.vocab_size, cache)
     samples = max(1, min(config.train.valid_samples, one_pass(corpora, sources)))
-    return _loader(config, context, blend(corpora, sources, samples, cache))
+    return make_loader(config, context, blend(corpora, sources, samples, cache))
 
 
 def _identity(config: Config, corpora: list[PackedDataset]) -> dict[str, Any]:

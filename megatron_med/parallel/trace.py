@@ -1,7 +1,7 @@
 """Writes down what code does on tensors without data: kernels, collectives and memory.
 
-Within ``FakeTensorMode`` a ``Recorder`` sees every operation that the real code would run, forward and backward. It
-can run over real tensors as well: the counts are the same.
+Within ``FakeTensorMode`` a ``Recorder`` sees every operation that the real code would run, forward and backward. Over
+real tensors it sees the same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from megatron_med.parallel.context import ParallelContext
 
 KernelKind = Literal["product", "attention_forward", "attention_backward", "elementwise"]
 
@@ -104,19 +107,41 @@ _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 
 
 class _RecordedWork(dist._Work):
-    """Stands for a collective that is under way."""
+    """A collective that is under way; its first ``wait`` is recorded."""
 
-    def __init__(self, recorder: Recorder, number: int) -> None:
+    def __init__(self, recorder: Recorder, number: int, work: dist.Work) -> None:
         super().__init__()
         self._recorder = recorder
         self._number = number
+        self._work = work
+        self._was_awaited = False
 
     def wait(self, timeout: Any = None) -> bool:
-        self._recorder.trace.events.append(Wait(self._number))
-        return True
+        if not self._was_awaited:
+            self._recorder.trace.events.append(Wait(self._number))
+            self._was_awaited = True
+        return self._work.wait()
 
     def is_completed(self) -> bool:
-        return True
+        return self._work.is_completed()
+
+
+def group_labels(context: ParallelContext) -> dict[str, str]:
+    """Name of each process group of a context -> its axis."""
+    axes = {
+        "tp": context.tp,
+        "pp": context.pp,
+        "pp_backward": context.pp_backward,
+        "pp_wrap": context.pp_wrap,
+        "pp_wrap_backward": context.pp_wrap_backward,
+        "dp": context.dp,
+        "dp_shard": context.dp_shard,
+        "dp_replicate": context.dp_replicate,
+        "world": context.world,
+    }
+    if context.pp.size > 2:
+        axes["embedding"] = context.embedding
+    return {str(axis.group.group_name): label for label, axis in axes.items() if axis.group is not None}
 
 
 class Recorder(TorchDispatchMode):
@@ -124,19 +149,18 @@ class Recorder(TorchDispatchMode):
 
     Args:
         groups: label of each process group by its name; others keep their name.
-        moves_data: collectives really run and are waited for (over real tensors); else nothing moves.
 
     Attributes:
         trace: the current one; ``section`` gives a fresh one.
         live, peak: bytes of all storages made within, now and at most.
     """
 
-    def __init__(self, groups: Mapping[str, str] | None = None, moves_data: bool = False) -> None:
+    def __init__(self, groups: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self._groups = dict(groups or {})
-        self._moves_data = moves_data
         self._works: list[_RecordedWork] = []  # autograd holds the C++ half only
         self._storages: dict[int, int] = {}  # address of the storage -> its number
+        self._sizes: dict[int, int] = {}  # address of the storage -> bytes that count
         self._made = 0
         self.trace = Trace()
         self.live = 0
@@ -203,8 +227,6 @@ class Recorder(TorchDispatchMode):
             self._number(tensor)
         group = next(dist.ProcessGroup.unbox(leaf) for leaf in args if isinstance(leaf, torch.ScriptObject))
         number = len(self._works)
-        work = _RecordedWork(self, number)
-        self._works.append(work)
         self.trace.events.append(
             Collective(
                 number,
@@ -215,27 +237,49 @@ class Recorder(TorchDispatchMode):
             )
         )
         out = function(*args, **kwargs)
-        if self._moves_data:
-            return out
-        return (*out[:-1], work.boxed()) if isinstance(out, (tuple, list)) else work.boxed()
+        *tensors_out, boxed = out if isinstance(out, (tuple, list)) else [out]
+        work = _RecordedWork(self, number, dist._Work.unbox(boxed))
+        self._works.append(work)
+        return (*tensors_out, work.boxed()) if tensors_out else work.boxed()
 
     def _number(self, tensor: Tensor, is_new: bool = False) -> int:
         """Number of a tensor's storage. One that is made within the trace is live until it is freed."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address not in self._storages:
-            size = storage.nbytes() if is_new else 0
             self._made += 1
             self._storages[address] = self._made
-            self.live += size
-            self.peak = max(self.peak, self.live)
-            weakref.finalize(storage, self._freed, address, size)
+            self._resized(address, storage.nbytes() if is_new else 0)
+            weakref.finalize(storage, self._freed, address)
         return self._storages[address]
 
-    def _freed(self, address: int, size: int) -> None:
-        number = self._storages.pop(address)
-        self.live -= size
-        self.trace.deaths[number] = len(self.trace.events)
+    def _resized(self, address: int, size: int) -> None:
+        self.live += size - self._sizes.get(address, 0)
+        self._sizes[address] = size
+        self.peak = max(self.peak, self.live)
+
+    def _freed(self, address: int) -> None:
+        self._resized(address, 0)
+        del self._sizes[address]
+        self.trace.deaths[self._storages.pop(address)] = len(self.trace.events)
+
+    def __enter__(self) -> Recorder:
+        """FSDP2 frees gathered weights by resizing their storage, which no dispatch mode sees."""
+        resize = torch.UntypedStorage.resize_
+
+        def seen(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if storage._cdata in self._sizes:
+                self._resized(storage._cdata, storage.nbytes())
+            return result
+
+        self._restore = partial(setattr, torch.UntypedStorage, "resize_", resize)
+        torch.UntypedStorage.resize_ = seen  # type: ignore[assignment,method-assign]
+        return super().__enter__()
+
+    def __exit__(self, *arguments: Any) -> None:
+        self._restore()
+        super().__exit__(*arguments)
 
 
 def _extent(tensor: Tensor) -> int:

@@ -1,0 +1,233 @@
+"""``python -m megatron_med.train CONFIG.yaml --dry-run --world-size 128 --rank 77``: one rank of a cluster that is not
+there.
+
+The real code sets up configuration, groups, model, optimizer, schedule and checkpoint layout and trains two steps, on
+tensors without data (FakeTensorMode) and with collectives that move nothing (torch's fake backend). What would fail
+on the cluster for its shapes, groups or memory fails here first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from megatron_med.checkpoint.folder import read_state, resolve_checkpoint
+from megatron_med.checkpoint.load import check_model, check_shapes, check_tokenizer
+from megatron_med.checkpoint.views import optimizer_slices, optimizer_views
+from megatron_med.config import Config, load_config
+from megatron_med.data.cache import cache_folder
+from megatron_med.data.indexed import token_paths
+from megatron_med.data.loader import SampleStream
+from megatron_med.data.sources import blend, find_tokenizer, open_corpora
+from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserError
+from megatron_med.parallel.context import ParallelContext, create_context, start_fake_process_group
+from megatron_med.parallel.schedule import GENERATORS, Action, Schedule
+from megatron_med.parallel.trace import Recorder, Trace, group_labels
+from megatron_med.tokenizer import Tokenizer
+from megatron_med.train.setup import build_machinery, make_loader
+from megatron_med.train.step import Machinery, train_step
+from megatron_med.train.timers import StepTimer
+
+STEPS = 2
+GIB = 2**30
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command and returns its exit code."""
+    parser = argparse.ArgumentParser("megatron_med.train --dry-run", description=__doc__)
+    parser.add_argument("--dry-run", action="store_true", required=True)
+    parser.add_argument("--world-size", type=int, required=True, help="ranks of the cluster")
+    parser.add_argument("--rank", type=int, default=0, help="the rank that this process is (default 0)")
+    parser.add_argument(
+        "--micro-batches",
+        type=int,
+        default=0,
+        help="of each step (default: twice the stages' chunks, after which every micro-batch repeats the one before)",
+    )
+    own, rest = parser.parse_known_args(arguments)
+    try:
+        if "RANK" in os.environ:
+            raise ConfigError("--dry-run is one process: start it with python, not with torchrun.")
+        if not 0 <= own.rank < own.world_size:
+            raise ConfigError(
+                f"--rank is {own.rank}: it must lie between 0 and --world-size - 1 = {own.world_size - 1}."
+            )
+        config = load_config(rest, own.world_size)
+        for line in dry_run(config, own.world_size, own.rank, own.micro_batches):
+            print(line, flush=True)
+    except UserError as error:
+        for fault in error.faults:
+            print(f"error: {fault}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return EXIT_DONE
+
+
+def dry_run(config: Config, world_size: int, rank: int, micro_batches: int = 0) -> Iterator[str]:
+    """Sets up one rank and trains two steps, telling about each part as it is done.
+
+    Args:
+        config: a valid configuration.
+        world_size, rank: of the cluster.
+        micro_batches: of each step; 0: twice the chunks of a pipeline.
+
+    Raises:
+        UserError: what is there (data, tokenizer, checkpoint) does not fit the configuration.
+    """
+    device = start_fake_process_group(rank, world_size)
+    context = create_context(config.parallel, device)
+    yield _place(context)
+    stream, tokenizer, absent = _open_data(config)
+    yield from absent
+    recorder = Recorder(group_labels(context))
+    without_data = FakeTensorMode(allow_non_fake_inputs=True)
+    with without_data, _ReadsOne(), recorder:
+        machinery = build_machinery(config, context)
+        yield _held(machinery, recorder)
+        yield _checkpoint(config, machinery, tokenizer)
+    own = config.train.global_batch_size // (config.train.micro_batch_size * context.dp.size)
+    chunks = config.parallel.pipeline * config.parallel.virtual_stages
+    run = min(own, micro_batches or 2 * chunks)
+    yield _schedule(config, context, run, own)
+    loader = make_loader(config, context, stream)
+    batch_size = run * config.train.micro_batch_size * context.dp.size
+    for step in range(1, STEPS + 1):
+        batches = loader.load((step - 1) * batch_size, batch_size, step)
+        with without_data, _ReadsOne(), recorder, recorder.section() as trace:
+            train_step(machinery, batches, config.optimizer.lr, False, StepTimer(device))
+        yield _step(step, trace, recorder)
+
+
+class _ReadsOne(TorchDispatchMode):
+    """Reading a number of a tensor without data (a loss, a norm) gives 1; small tensors with data keep theirs."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            with unset_fake_temporarily():
+                return function(*args, **kwargs)
+        if function is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
+        return function(*args, **kwargs)
+
+
+def _place(context: ParallelContext) -> str:
+    axes = {"stage": context.pp, "tensor rank": context.tp, "data rank": context.dp}
+    places = ", ".join(f"{name} {axis.rank} of {axis.size}" for name, axis in axes.items())
+    return f"rank {context.world.rank} of {context.world.size}: {places}"
+
+
+@dataclass(frozen=True)
+class _SyntheticStream:
+    """Zeros in place of corpora that are not there: as many samples as the run reads."""
+
+    samples: int
+    sequence_length: int
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def pieces(self, index: int) -> list[np.ndarray]:
+        assert index < self.samples, f"sample {index} of a stream of {self.samples}"
+        return [np.zeros(self.sequence_length + 1, dtype=np.int64)]
+
+    def source(self, index: int) -> Path:
+        return Path("synthetic")
+
+
+def _open_data(config: Config) -> tuple[SampleStream, Tokenizer | None, list[str]]:
+    """The run's samples, or synthetic ones in their place; the tokenizer; and what is absent, in words."""
+    data, train = config.data, config.train
+    sources = [*data.train, *data.valid]
+    missing = [source for source in sources if not all(path.is_file() for path in token_paths(Path(source.path)))]
+    present = [source for source in sources if source not in missing]
+    absent = [f"  absent: {source.path}.bin and .idx" for source in missing]
+    override = data.tokenizer
+    if override is not None and not Path(override.split(",")[0]).exists():
+        absent.append(f"  absent: tokenizer {override}")
+        override = None
+    tokenizer = find_tokenizer(present, override, config.model.vocab_size)
+    cache = cache_folder(data.cache_dir)
+    corpora = open_corpora(present, data.sequence_length, train.seed, config.model.vocab_size, cache)
+    samples = train.steps * train.global_batch_size
+    if any(source in missing for source in data.train):
+        tokens = samples * data.sequence_length
+        absent.append(f"  in their place: {samples:,} synthetic samples, {tokens:,} tokens")
+        return _SyntheticStream(samples, data.sequence_length), tokenizer, absent
+    return blend(corpora[: len(data.train)], data.train, samples, cache), tokenizer, absent
+
+
+def _held(machinery: Machinery, recorder: Recorder) -> str:
+    layers = [layer for chunk in machinery.chunks for layer in chunk.chunk.layers]  # type: ignore[union-attr]
+    parameters = sum(parameter.numel() for parameter in machinery.chunks.parameters())
+    owned = sum(item.master.numel() for item in machinery.optimizer.owned)
+    return (
+        f"  layers {_ranges(layers)}: {parameters:,} parameters, {owned:,} of them in this rank's optimizer, "
+        f"{recorder.live / GIB:.2f} GiB"
+    )
+
+
+def _ranges(layers: list[int]) -> str:
+    """[0, 1, 2, 6, 7] -> 0-2, 6-7."""
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    ends = [layer for layer in layers if layer + 1 not in layers]
+    return ", ".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
+
+
+def _checkpoint(config: Config, machinery: Machinery, tokenizer: Tokenizer | None) -> str:
+    """Cuts every entry of a checkpoint as saving and loading do, and compares it with the one to be loaded."""
+    optimizer = machinery.optimizer
+    entries = optimizer_views(optimizer_slices(optimizer), optimizer, machinery.context)
+    size = 0
+    for name, entry in entries.items():
+        local = entry
+        if isinstance(entry, DTensor):
+            local = entry.to_local()
+            expected, _ = compute_local_shape_and_global_offset(entry.shape, entry.device_mesh, entry.placements)
+            assert tuple(local.shape) == tuple(expected), f"{name}: slice {local.shape}, its view wants {expected}"
+        size += local.numel() * local.element_size()
+    words = f"  checkpoint: {len(entries)} entries of this rank, {size / GIB:.2f} GiB"
+    if config.checkpoint.load is None:
+        return words
+    if not Path(config.checkpoint.load).exists():
+        return f"{words}\n  absent: {config.checkpoint.load}, in its place initial weights"
+    folder = resolve_checkpoint(config.checkpoint.load)
+    state = read_state(folder)
+    check_model(state, config.model, folder)
+    check_tokenizer(state, tokenizer.describe() if tokenizer else None, folder)
+    everything = config.checkpoint.load_state == "all"
+    check_shapes(optimizer_views(optimizer_slices(optimizer, everything), optimizer, machinery.context), folder)
+    return f"{words}\n  {folder} fits"
+
+
+def _schedule(config: Config, context: ParallelContext, run: int, own: int) -> str:
+    schedule: Schedule = GENERATORS[config.parallel.schedule](context.pp.size, run, config.parallel.virtual_stages)
+    actions: list[Action] = schedule[context.pp.rank]
+    return f"  {config.parallel.schedule}: {run} of {own} micro-batches a step, {len(actions)} passes of this stage"
+
+
+def _step(step: int, trace: Trace, recorder: Recorder) -> str:
+    calls = Counter(event.group for event in trace.collectives)
+    sizes: Counter[str] = Counter()
+    for event in trace.collectives:
+        sizes[event.group] += event.size
+    groups = ", ".join(f"{group} {calls[group]:,} ({sizes[group] / 1e6:,.1f} MB)" for group in sorted(calls))
+    return f"  step {step}: peak memory {recorder.peak / GIB:.2f} GiB; collectives: {groups or 'none'}"
