@@ -13,6 +13,8 @@
 #   MEGATRON_MED_SAVE_SECONDS   seconds that a signalled run may take to save (300)
 #   MEGATRON_MED_STUCK_SECONDS  seconds after which a torchrun whose ranks have all ended is killed: behind a cut link
 #                               it waits for its rendezvous far longer (60)
+#   MEGATRON_MED_FORWARD        0: do not hand signals on, they reach torchrun anyway (Slurm signals every process of a
+#                               step, and torchrun must not get one twice)
 #
 # Where a host does not know its own address by name, tell torchrun: --local-addr ADDRESS, and on the host of the
 # rendezvous --rdzv-conf is_host=true.
@@ -39,7 +41,7 @@ signalled="" torchrun=""
 
 forward() {
   signalled=$1
-  [ -z "$torchrun" ] || kill -s "$1" "$torchrun" 2>/dev/null
+  [ -z "$torchrun" ] || [ "${MEGATRON_MED_FORWARD:-1}" = 0 ] || kill -s "$1" "$torchrun" 2>/dev/null
 }
 trap "forward TERM" TERM INT
 trap "forward USR1" USR1

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import yaml
 
@@ -158,7 +158,13 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
+class _Process(Protocol):
+    """What can be asked whether it has ended: a process, a job of Slurm."""
+
+    def poll(self) -> object: ...
+
+
+def wait_for_step(run: Path, step: int, process: _Process, log: Path) -> None:
     """Returns when metrics.jsonl has reached ``step``."""
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:

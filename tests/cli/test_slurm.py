@@ -1,0 +1,85 @@
+"""The sbatch scripts of the recipes under a real Slurm, at toy size."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.local_slurm import Job, LocalSlurm, local_slurm, why_not
+from tests.cli.processes import python_path, read_metrics, wait_for_step
+from tests.conftest import REPOSITORY
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}")
+
+STEPS = 60
+TOY = {
+    "model.preset": "gpt2-tiny",
+    "model.vocab_size": 512,
+    "parallel.tensor": 2,
+    "parallel.pipeline": 2,
+    "data.sequence_length": 64,
+    "data.valid": "[]",
+    "train.steps": STEPS,
+    "train.micro_batch_size": 1,
+    "train.global_batch_size": 8,
+    "train.valid_interval": 0,
+    "lr_schedule.warmup_steps": 5,
+    "checkpoint.load": "null",
+    "checkpoint.interval": 1000,
+    "logging.tensorboard": "false",
+    "precision": "fp32",
+}
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm]:
+    with local_slurm(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        yield cluster
+
+
+def _submit(slurm: LocalSlurm, log: Path, *arguments: str, nodes: int = 2, processes: int = 2) -> Job:
+    """The recipe's own script, on nodes without GPUs."""
+    smaller = [f"--nodes={nodes}", "--gpus-per-node=0", "--cpus-per-task=1", "--time=60", f"--output={log}"]
+    env = {"MEGATRON_MED_PYTHON": python_path(), "MEGATRON_MED_PROCESSES": str(processes)}
+    command = ("sbatch", "--parsable", f"--chdir={REPOSITORY}", *smaller, "examples/gap_replay/70b.sbatch")
+    return Job(slurm, slurm.run(*command, *arguments, env=env))
+
+
+def _toy(prefix: Path, run: Path) -> list[str]:
+    given = TOY | {"data.train": f"[{{path: {prefix}}}]", "train.output_dir": run}
+    return [word for name, value in given.items() for word in (f"--{name}", str(value))]
+
+
+def test_a_warned_job_saves_is_requeued_and_finishes(slurm: LocalSlurm, sample_data: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    job = _submit(slurm, log, *_toy(sample_data, run))
+    wait_for_step(run, 5, job, log)
+    slurm.run(
+        "scancel", "--batch", "--signal=USR1", job.number
+    )  # what --signal=B:USR1@600 does ten minutes before the end
+    ended = job.wait()
+    output = log.read_text()
+    assert ended["JobState"] == "COMPLETED", output[-3000:]
+    assert ended["Restarts"] == "1"
+    assert "goes back into the queue" in output
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, STEPS + 1))
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
+    assert "loaded" in output, "the second start did not go on from the first one's checkpoint"
+
+
+def test_a_bad_configuration_ends_the_job_at_once(slurm: LocalSlurm, sample_data: Path, tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    job = _submit(slurm, log, *_toy(sample_data, tmp_path / "run"), "--parallel.tensor", "3")
+    ended = job.wait()
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), log.read_text()
+    assert "parallel.tensor is 3" in log.read_text()
+
+
+def test_without_gpus_the_script_says_what_to_ask_for(slurm: LocalSlurm, tmp_path: Path) -> None:
+    log = tmp_path / "job.log"
+    ended = _submit(slurm, log, nodes=1, processes=0).wait()
+    assert ended["ExitCode"] == "2:0"
+    assert "--gpus-per-node" in log.read_text()
