@@ -46,8 +46,6 @@ class FullyShardedDataParallel(DataParallel):
         layouts = {name: layout_of(parameter) for name, parameter in chunk.named_parameters()}
         options: dict[str, Any] = {
             "mesh": self._mesh,
-            # Micro-batches overlap in a pipeline: gathering again for each of them would cost more than it saves.
-            "reshard_after_forward": not self._in_pipeline,
             "shard_placement_fn": lambda parameter: Shard(layout_of(parameter).dp_dim),
             "mp_policy": MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         }
@@ -55,7 +53,9 @@ class FullyShardedDataParallel(DataParallel):
             for parameter in part.parameters():
                 if parameter.dtype != torch.float32:
                     parameter.data = parameter.data.float()
-            fully_shard(part, **options)
+            # Micro-batches overlap in a pipeline: gathering again for each of them would cost more than it saves. The
+            # chunk's own parameters (embedding, head) are needed again at once.
+            fully_shard(part, reshard_after_forward=not self._in_pipeline and part is not chunk, **options)
         for module in _fsdp_modules(chunk):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)

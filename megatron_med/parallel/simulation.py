@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -182,15 +183,62 @@ def _peak(actions: list[Action]) -> int:
     return max((alive for _, alive in alive_during(actions, lambda _chunk: 1)), default=0)
 
 
-def alive_during(actions: Sequence[Action], kept: Callable[[int], int]) -> Iterator[tuple[Action, int]]:
+def alive_during(
+    actions: Sequence[Action], kept: Callable[[int], int], kept_for_weights: Callable[[int], int] | None = None
+) -> Iterator[tuple[Action, int]]:
     """Each action of a stage with what is alive while it runs, in units of ``kept(chunk)``.
 
     A micro-batch is alive from its forward pass to the end of its backward pass, weight part included.
+
+    Args:
+        actions: of one stage.
+        kept: what a micro-batch keeps in a chunk.
+        kept_for_weights: what it keeps after the input part of its backward pass; None: all of it.
     """
+    kept_for_weights = kept_for_weights or kept
     alive = 0
     for action in actions:
+        chunk = action.chunk
         if isinstance(action, Forward):
-            alive += kept(action.chunk)
+            alive += kept(chunk)
         yield action, alive
-        if isinstance(action, (Backward, BackwardWeight)):
-            alive -= kept(action.chunk)
+        if isinstance(action, Backward):
+            alive -= kept(chunk)
+        elif isinstance(action, BackwardInput):
+            alive -= kept(chunk) - kept_for_weights(chunk)
+        elif isinstance(action, BackwardWeight):
+            alive -= kept_for_weights(chunk)
+
+
+def messages_waiting(schedule: Schedule, simulation: Simulation, ahead: int = 1) -> list[dict[Action, int]]:
+    """Stage -> action -> messages that the stage has sent and still keeps while the action runs.
+
+    A message is taken when the receiver asks for it, ``ahead`` actions before the one that needs it, and its sender
+    lets go of it when it sends the next one.
+    """
+    chunks = 1 + max(action.chunk for action in schedule[0])
+    starts = {(stage, action): start for stage, action, start, _ in simulation.intervals}
+    ends = {(stage, action): end for stage, action, _, end in simulation.intervals}
+    asked: dict[Place, float] = {}
+    for stage, actions in enumerate(schedule):
+        for place, action in enumerate(actions):
+            asks_at = starts[stage, actions[max(0, place - ahead)]]
+            asked |= {need: asks_at for need in dependencies(action, stage, len(schedule), chunks) if need[0] != stage}
+    waiting = []
+    for stage, actions in enumerate(schedule):
+        sent = sorted((ends[stage, action], asked[stage, action]) for action in actions if (stage, action) in asked)
+        own_sends = [time for time, _ in sent]
+        held = [(time, _next_after(own_sends, max(time, taken))) for time, taken in sent]
+        waiting.append(
+            {
+                action: sum(begin < ends[stage, action] and gone > starts[stage, action] for begin, gone in held)
+                for action in actions
+            }
+        )
+    return waiting
+
+
+def _next_after(times: list[float], moment: float) -> float:
+    """The first of sorted ``times`` after ``moment``; infinity where there is none."""
+    place = bisect_right(times, moment)
+    return times[place] if place < len(times) else float("inf")

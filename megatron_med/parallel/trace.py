@@ -113,17 +113,17 @@ class _RecordedWork(dist._Work):
         super().__init__()
         self._recorder = recorder
         self._number = number
-        self._work = work
-        self._was_awaited = False
+        self._work: dist.Work | None = work
 
     def wait(self, timeout: Any = None) -> bool:
-        if not self._was_awaited:
+        if self._work is not None:
             self._recorder.trace.events.append(Wait(self._number))
-            self._was_awaited = True
-        return self._work.wait()
+            self._work.wait()
+            self._work = None  # it holds the collective's tensors
+        return True
 
     def is_completed(self) -> bool:
-        return self._work.is_completed()
+        return self._work is None or self._work.is_completed()
 
 
 def group_labels(context: ParallelContext) -> dict[str, str]:

@@ -63,6 +63,7 @@ class Piece:
         forward, backward: traces.
         weight_products: trace of the weight part where the backward pass is split.
         kept: bytes that stay between forward and backward, the received hidden states included.
+        kept_for_weights: bytes that stay after the input part of a split backward pass.
         forward_excess, backward_excess: bytes above ``kept`` at the peak of each pass.
         hidden_bytes: of the hidden states that travel between stages.
     """
@@ -71,6 +72,7 @@ class Piece:
     backward: Trace
     weight_products: Trace | None
     kept: int
+    kept_for_weights: int
     forward_excess: int
     backward_excess: int
     hidden_bytes: int
@@ -95,38 +97,57 @@ def shape_of(config: Config) -> PieceShape:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """One layer alone and two layers, computed again or kept; their difference is what a layer costs."""
+
+    one: Piece
+    two: Piece
+
+    def each(self, quantity: Callable[[Piece], float]) -> float:
+        """A quantity of one layer."""
+        return quantity(self.two) - quantity(self.one)
+
+
+@dataclass(frozen=True)
 class ChunkCost:
     """Prices a chunk of layers out of its pieces.
 
     Args:
-        ends: one layer with the chunk's embedding and head.
-        layer: one layer alone and two layers, for each kind (computed again or kept) that the chunk has.
-        extra: how many further layers of each kind.
+        ends: the chunk's first layer with its embedding and head.
+        has_head: whether there is one.
+        layers: the kind of each layer, first to last.
     """
 
     ends: Piece
-    layers: tuple[tuple[Piece, Piece, int], ...]
+    has_head: bool
+    layers: tuple[LayerKind, ...]
 
     def total(self, quantity: Callable[[Piece], float]) -> float:
         """A quantity that adds up over layers."""
-        added = sum(count * (quantity(two) - quantity(one)) for one, two, count in self.layers)
-        return quantity(self.ends) + added
+        return quantity(self.ends) + sum(kind.each(quantity) for kind in self.layers[1:])
 
-    def largest(self, quantity: Callable[[Piece], float]) -> float:
-        """A quantity of which the dearest piece counts."""
-        return max([quantity(self.ends), *(quantity(two) for _, two, count in self.layers if count)])
+    @property
+    def forward_excess(self) -> float:
+        """Bytes above what is kept, at the peak of a forward pass."""
+        return max(self.ends.forward_excess, *(kind.two.forward_excess for kind in self.layers))
+
+    @property
+    def backward_excess(self) -> float:
+        """The same of a backward pass, which begins with the head and frees layer after layer."""
+        excess = self.ends.backward_excess if self.has_head else 0.0
+        freed = 0.0
+        for kind in reversed(self.layers):
+            excess = max(excess, kind.two.backward_excess - freed)
+            freed += kind.each(lambda piece: piece.kept)
+        return excess
 
 
 def chunk_cost(shape: PieceShape, chunk: Chunk) -> ChunkCost:
     """The cost of one micro-batch through ``chunk``."""
-    kinds = [shape.recompute.whole_layer(index) for index in chunk.layers]
-    ends = replace(_with_kind(shape, kinds[0]), has_embedding=chunk.is_first, has_head=chunk.is_last, layers=1)
-    layers = []
-    for kind in dict.fromkeys(kinds):
-        one = _with_kind(shape, kind)
-        count = kinds.count(kind) - (kind == kinds[0])
-        layers.append((trace_piece(one), trace_piece(replace(one, layers=2)), count))
-    return ChunkCost(trace_piece(ends), tuple(layers))
+    shapes = [_with_kind(shape, shape.recompute.whole_layer(index)) for index in chunk.layers]
+    ends = trace_piece(replace(shapes[0], has_embedding=chunk.is_first, has_head=chunk.is_last))
+    kinds = tuple(LayerKind(trace_piece(one), trace_piece(replace(one, layers=2))) for one in shapes)
+    return ChunkCost(ends, chunk.is_last, kinds)
 
 
 def _with_kind(shape: PieceShape, is_recomputed: bool) -> PieceShape:
@@ -225,10 +246,13 @@ def _run(stage: Transformer, batch: MicroBatch, recorder: Recorder, shape: Piece
             torch.autograd.backward(result, gradient)
         del result, gradient
     backward_excess = recorder.peak - kept
+    kept_for_weights = recorder.live
     weight_products = None
     if shape.splits_backward:
         with recorder.section() as weight_products, torch.no_grad():
             while put_off:
                 put_off.pop(0)()
         backward_excess = max(backward_excess, recorder.peak - kept)
-    return Piece(forward, backward, weight_products, kept, forward_excess, backward_excess, hidden_bytes)
+    return Piece(
+        forward, backward, weight_products, kept, kept_for_weights, forward_excess, backward_excess, hidden_bytes
+    )

@@ -17,7 +17,7 @@ from megatron_med.model.flops import (
 from megatron_med.model.recompute import Recompute
 from megatron_med.parallel.context import Axis
 from megatron_med.parallel.schedule import GENERATORS, Action, BackwardInput, BackwardWeight, Forward, Schedule
-from megatron_med.parallel.simulation import Simulation, simulate
+from megatron_med.parallel.simulation import Simulation, messages_waiting, simulate
 from megatron_med.parallel.trace import Trace
 from megatron_med.plan.cluster import Cluster
 from megatron_med.plan.exposed import beside_gathers, data_parallel_seconds, unit_gathers, unit_reductions
@@ -146,10 +146,16 @@ def lay_out(config: Config, stages: Stages) -> Layout:
 
 
 def stage_memories(config: Config, layout: Layout) -> list[Memory]:
-    """Peak memory of one rank of each stage."""
+    """Peak memory of one rank of each stage. After as many micro-batches as a pipeline has places the schedule repeats
+    itself, but for gpipe, which keeps them all."""
+    few = layout.micro_batches
+    if config.parallel.schedule != "gpipe":
+        few = min(few, 4 * config.parallel.pipeline * config.parallel.virtual_stages)
+    schedule = GENERATORS[config.parallel.schedule](len(layout.built), few, config.parallel.virtual_stages)
+    waiting = messages_waiting(schedule, simulate(schedule), int(config.parallel.overlap.pipeline))
     return [
-        peak_memory(config, built, costs, actions, layout.micro_batches)
-        for built, costs, actions in zip(layout.built, layout.costs, layout.schedule, strict=True)
+        peak_memory(config, built, costs, actions, waits, layout.micro_batches)
+        for built, costs, actions, waits in zip(layout.built, layout.costs, schedule, waiting, strict=True)
     ]
 
 

@@ -159,7 +159,8 @@ def search_as_text(result: SearchResult, cluster: Cluster) -> str:
     """The best plans as a table, then the sizes of which none fits and why."""
     world = cluster.world_size
     rows = [
-        f"{result.fitting} of {result.tried} plans fit {cluster.name}; the fastest, {PLANS_OF_A_SIZE} of a size at most:",
+        f"{result.fitting} of {result.tried} plans fit {cluster.name}",
+        f"the fastest, at most {PLANS_OF_A_SIZE} of a size:",
         f"  {'tokens/s':>9} {'MFU 6N':>7} {'bubble':>7} {'GiB':>6}  cut",
     ]
     for plan in result.best:

@@ -5,7 +5,7 @@ The stage is really built, on the meta device: its numbers are those of the code
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -72,12 +72,14 @@ class BuiltStage:
     Attributes:
         chunks: its pieces of the model, first to last.
         parameters: what one rank holds of each.
+        ranks: that data-parallel slices are cut for.
         buckets: elements of each bucket, in the order of the forward pass; of one rank's slices too.
         weights, gradients, optimizer: bytes.
     """
 
     chunks: list[Chunk]
     parameters: list[HeldParameter]
+    ranks: int
     buckets: list[tuple[int, int]]
     weights: float
     gradients: float
@@ -91,7 +93,7 @@ class BuiltStage:
     @property
     def is_cut(self) -> bool:
         """Whether data-parallel ranks hold different slices."""
-        return any(held.slice != held.whole for held in self.parameters)
+        return self.ranks > 1
 
 
 def build_on_meta(config: Config, stage: int, dp_shard: Axis, dp_replicate: Axis) -> BuiltStage:
@@ -115,13 +117,16 @@ def build_on_meta(config: Config, stage: int, dp_shard: Axis, dp_replicate: Axis
     elements = sum(held.whole for held in parameters)
     owned = sum(held.slice for held in parameters)
     if parallel.sharding == "full":
-        return BuiltStage(cut, parameters, [], 4.0 * owned, 4.0 * owned, 8.0 * owned)
+        # FSDP2 sums the gradients of several backward passes whole where it does not cut them after each
+        gradients = elements if parallel.pipeline > 1 else owned
+        return BuiltStage(cut, parameters, ranks, [], 4.0 * owned, 4.0 * gradients, 8.0 * owned)
     data_parallel = BucketedDataParallel(chunks, context, shard=parallel.sharding == "optimizer")
     sizes = [(sum(p.numel() for p in bucket.parameters), bucket.row) for bucket in data_parallel.buckets]
     own_masters = [item.master for item in data_parallel.owned if not _same_memory(item.master, item.parameter)]
     return BuiltStage(
         cut,
         parameters,
+        ranks,
         sizes,
         weights=sum(parameter.numel() * parameter.element_size() for parameter in chunks.parameters()),
         gradients=4.0 * elements + (4.0 * sum(row for _, row in sizes) if ranks > 1 else 0.0),
@@ -140,7 +145,12 @@ def _held(parameter: nn.Parameter, ranks: int) -> HeldParameter:
 
 
 def peak_memory(
-    config: Config, built: BuiltStage, costs: Sequence[ChunkCost], actions: Sequence[Action], micro_batches: int
+    config: Config,
+    built: BuiltStage,
+    costs: Sequence[ChunkCost],
+    actions: Sequence[Action],
+    waiting: Mapping[Action, int],
+    micro_batches: int,
 ) -> Memory:
     """The largest memory of a step on one rank of a stage.
 
@@ -149,49 +159,63 @@ def peak_memory(
         built: the stage.
         costs: of each of its chunks.
         actions: its schedule.
+        waiting: messages that it has sent and still keeps while an action runs.
         micro_batches: of one step, all on the device.
     """
     dtype = DTYPES[config.precision]
     kept = [int(cost.total(lambda piece: piece.kept)) for cost in costs]
-    forward = [cost.largest(lambda piece: piece.forward_excess) for cost in costs]
-    backward = [cost.largest(lambda piece: piece.backward_excess) for cost in costs]
-    activations = max(
-        alive + (forward if isinstance(action, Forward) else backward)[action.chunk]
-        for action, alive in alive_during(actions, lambda chunk: kept[chunk])
-    )
+    later = [int(cost.total(lambda piece: piece.kept_for_weights)) for cost in costs]
+    forward = [cost.forward_excess for cost in costs]
+    backward = [cost.backward_excess for cost in costs]
+    hidden = costs[0].ends.hidden_bytes
+    received_ahead = int(config.parallel.overlap.pipeline)
+    activations, messages = 0.0, 0
+    for action, alive in alive_during(actions, kept.__getitem__, later.__getitem__):
+        here = alive + (forward if isinstance(action, Forward) else backward)[action.chunk]
+        sent = 0 if config.parallel.pipeline == 1 else (waiting[action] + received_ahead) * hidden
+        if here + sent > activations + messages:
+            activations, messages = here, sent
     samples = micro_batches * config.train.micro_batch_size
     length = config.data.sequence_length
     batch = samples * length * (BATCH_BYTES + (length if config.data.isolate_documents else 0))
-    messages = 0
-    if config.parallel.pipeline > 1:  # one is sent while the next is awaited
-        messages = (1 + config.parallel.overlap.pipeline) * costs[0].ends.hidden_bytes
     if config.parallel.sharding == "full":
-        travelling = _gathered_layers(config, built, dtype)
+        layer = costs[-1].layers[-1].each(lambda piece: piece.kept)
+        others = messages + _gathered_layers(config, built, dtype, layer, activations)
     else:
-        travelling = _travelling_buckets(built)
-    published = _published(built, dtype)
-    temporary = batch + max(messages + travelling, published - activations)
-    return Memory(built.weights, built.gradients, built.optimizer, activations, temporary)
+        reducing = _while_reducing(built, kept, backward)
+        others = max(messages, reducing - activations, _published(built, dtype) - activations)
+    return Memory(built.weights, built.gradients, built.optimizer, activations, batch + others)
 
 
-def _travelling_buckets(built: BuiltStage) -> float:
-    """Two gradient buckets on their way, where they are cut."""
+def _while_reducing(built: BuiltStage, kept: Sequence[int], backward: Sequence[float]) -> float:
+    """Activations and travelling buckets at the worst moment of a step's last backward passes: a bucket is on its way
+    until the next one is complete, and as buckets complete, activations go."""
     if not built.is_cut:
         return 0.0
-    largest = sorted((whole for whole, _ in built.buckets), reverse=True)[:2]
-    return 4.0 * sum(largest)
+    total = sum(whole for whole, _ in built.buckets)
+    worst, done, before = 0.0, 0, 0
+    for whole, row in reversed(built.buckets):
+        buffer = row * built.ranks
+        done += whole
+        left = max(kept) * (1 - done / total)
+        worst = max(worst, left + max(backward) + 4.0 * (buffer + before))
+        before = buffer
+    return worst
 
 
 def _published(built: BuiltStage, dtype: torch.dtype) -> float:
     """Updated weights on their way, before the first layer has waited for its own."""
     if not built.is_cut:
         return 0.0
-    return float(dtype.itemsize * sum(whole + row for whole, row in built.buckets))
+    return float(dtype.itemsize * sum((built.ranks + 1) * row for _, row in built.buckets))
 
 
-def _gathered_layers(config: Config, built: BuiltStage, dtype: torch.dtype) -> float:
+def _gathered_layers(
+    config: Config, built: BuiltStage, dtype: torch.dtype, layer_kept: float, activations: float
+) -> float:
     """FSDP2 holds whole: two layers and the chunk's own parameters; in a pipeline all of them, until their last
-    backward pass. One layer's gradients travel in fp32."""
+    backward pass. One layer's gradients travel in fp32 when its activations are gone, those of embedding and head
+    when all are."""
     layers: dict[str, int] = {}
     others = 0
     for held in built.parameters:
@@ -202,4 +226,7 @@ def _gathered_layers(config: Config, built: BuiltStage, dtype: torch.dtype) -> f
             others += held.whole
     largest = max(layers.values())
     whole = sum(layers.values()) if config.parallel.pipeline > 1 else min(2, len(layers)) * largest
-    return dtype.itemsize * (whole + others) + (4 + dtype.itemsize) * max(largest, others)
+    travelling = 4 + dtype.itemsize
+    return dtype.itemsize * (whole + others) + max(
+        0, travelling * largest - layer_kept, travelling * others - activations
+    )
