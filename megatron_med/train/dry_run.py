@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
         "--micro-batches",
         type=int,
         default=0,
-        help="of each step (default: twice the stages' chunks, after which every micro-batch repeats the one before)",
+        help="of each step (default: two more than chunks in the pipeline: then every stage has run all it ever does)",
     )
     own, rest = parser.parse_known_args(arguments)
     try:
@@ -86,7 +86,7 @@ def dry_run(config: Config, world_size: int, rank: int, micro_batches: int = 0) 
     Args:
         config: a valid configuration.
         world_size, rank: of the cluster.
-        micro_batches: of each step; 0: twice the chunks of a pipeline.
+        micro_batches: of each step; 0: two more than the pipeline has chunks.
 
     Raises:
         UserError: what is there (data, tokenizer, checkpoint) does not fit the configuration.
@@ -104,7 +104,7 @@ def dry_run(config: Config, world_size: int, rank: int, micro_batches: int = 0) 
         yield _checkpoint(config, machinery, tokenizer)
     own = config.train.global_batch_size // (config.train.micro_batch_size * context.dp.size)
     chunks = config.parallel.pipeline * config.parallel.virtual_stages
-    run = min(own, micro_batches or 2 * chunks)
+    run = min(own, micro_batches or chunks + 2)
     yield _schedule(config, context, run, own)
     loader = make_loader(config, context, stream)
     batch_size = run * config.train.micro_batch_size * context.dp.size
@@ -167,7 +167,7 @@ def _open_data(config: Config) -> tuple[SampleStream, Tokenizer | None, list[str
     tokenizer = find_tokenizer(present, override, config.model.vocab_size)
     cache = cache_folder(data.cache_dir)
     corpora = open_corpora(present, data.sequence_length, train.seed, config.model.vocab_size, cache)
-    samples = train.steps * train.global_batch_size
+    samples = max(STEPS, train.steps) * train.global_batch_size
     if any(source in missing for source in data.train):
         tokens = samples * data.sequence_length
         absent.append(f"  in their place: {samples:,} synthetic samples, {tokens:,} tokens")

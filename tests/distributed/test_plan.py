@@ -92,8 +92,13 @@ def _plan(config: Config, ranks: int) -> Plan:
     return plan(config, Cluster(KINDS["a100-80g"], 1, ranks))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("name", RUNS)
+WITH_FP32 = ("one rank", "optimizer sharded", "fully sharded")
+"""Where masters are the weights themselves, or slices of them."""
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"), [*((name, "bf16") for name in RUNS), *((name, "fp32") for name in WITH_FP32)]
+)
 def test_memory_and_traffic_of_a_real_run_are_the_planned_ones(name: str, precision: str, sample_data: Path) -> None:
     ranks = RUNS[name][0]
     config = _config(sample_data, name, precision)
