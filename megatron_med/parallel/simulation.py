@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -228,10 +228,10 @@ def messages_waiting(schedule: Schedule, simulation: Simulation, ahead: int = 1)
     for stage, actions in enumerate(schedule):
         sent = sorted((ends[stage, action], asked[stage, action]) for action in actions if (stage, action) in asked)
         own_sends = [time for time, _ in sent]
-        held = [(time, _next_after(own_sends, max(time, taken))) for time, taken in sent]
+        gone = sorted(_next_after(own_sends, max(time, taken)) for time, taken in sent)
         waiting.append(
             {
-                action: sum(begin < ends[stage, action] and gone > starts[stage, action] for begin, gone in held)
+                action: bisect_left(own_sends, ends[stage, action]) - bisect_right(gone, starts[stage, action])
                 for action in actions
             }
         )

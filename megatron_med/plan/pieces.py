@@ -5,10 +5,11 @@ A chunk of any length is one of these plus equal layers, so a plan takes seconds
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,10 @@ class PieceShape:
     layers: int = 1
 
     def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
         return hash(repr(self))
 
 
@@ -96,7 +101,7 @@ def shape_of(config: Config) -> PieceShape:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerKind:
     """One layer alone and two layers, computed again or kept; their difference is what a layer costs."""
 
@@ -124,14 +129,19 @@ class ChunkCost:
 
     def total(self, quantity: Callable[[Piece], float]) -> float:
         """A quantity that adds up over layers."""
-        return quantity(self.ends) + sum(kind.each(quantity) for kind in self.layers[1:])
+        return quantity(self.ends) + sum(count * kind.each(quantity) for kind, count in self._further.items())
 
-    @property
+    @cached_property
+    def _further(self) -> Counter[LayerKind]:
+        """Layers beyond the first by kind."""
+        return Counter(self.layers[1:])
+
+    @cached_property
     def forward_excess(self) -> float:
         """Bytes above what is kept, at the peak of a forward pass."""
-        return max(self.ends.forward_excess, *(kind.two.forward_excess for kind in self.layers))
+        return max(self.ends.forward_excess, *(kind.two.forward_excess for kind in set(self.layers)))
 
-    @property
+    @cached_property
     def backward_excess(self) -> float:
         """The same of a backward pass, which begins with the head and frees layer after layer."""
         excess = self.ends.backward_excess if self.has_head else 0.0
@@ -144,10 +154,19 @@ class ChunkCost:
 
 def chunk_cost(shape: PieceShape, chunk: Chunk) -> ChunkCost:
     """The cost of one micro-batch through ``chunk``."""
-    shapes = [_with_kind(shape, shape.recompute.whole_layer(index)) for index in chunk.layers]
-    ends = trace_piece(replace(shapes[0], has_embedding=chunk.is_first, has_head=chunk.is_last))
-    kinds = tuple(LayerKind(trace_piece(one), trace_piece(replace(one, layers=2))) for one in shapes)
-    return ChunkCost(ends, chunk.is_last, kinds)
+    again = tuple(shape.recompute.whole_layer(index) for index in chunk.layers)
+    return _chunk_cost(shape, again, chunk.is_first, chunk.is_last)
+
+
+@cache
+def _chunk_cost(shape: PieceShape, again: tuple[bool, ...], has_embedding: bool, has_head: bool) -> ChunkCost:
+    first = _with_kind(shape, again[0])
+    ends = trace_piece(replace(first, has_embedding=has_embedding, has_head=has_head))
+    kinds = {}
+    for is_recomputed in set(again):
+        one = _with_kind(shape, is_recomputed)
+        kinds[is_recomputed] = LayerKind(trace_piece(one), trace_piece(replace(one, layers=2)))
+    return ChunkCost(ends, has_head, tuple(kinds[is_recomputed] for is_recomputed in again))
 
 
 def _with_kind(shape: PieceShape, is_recomputed: bool) -> PieceShape:

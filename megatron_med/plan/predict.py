@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -150,13 +151,23 @@ def stage_memories(config: Config, layout: Layout) -> list[Memory]:
     itself, but for gpipe, which keeps them all."""
     few = layout.micro_batches
     if config.parallel.schedule != "gpipe":
-        few = min(few, 4 * config.parallel.pipeline * config.parallel.virtual_stages)
-    schedule = GENERATORS[config.parallel.schedule](len(layout.built), few, config.parallel.virtual_stages)
-    waiting = messages_waiting(schedule, simulate(schedule), int(config.parallel.overlap.pipeline))
+        few = min(few, 2 * config.parallel.pipeline * config.parallel.virtual_stages)
+    parallel = config.parallel
+    schedule, waiting = _schedule_and_messages(
+        parallel.schedule, len(layout.built), few, parallel.virtual_stages, int(parallel.overlap.pipeline)
+    )
     return [
         peak_memory(config, built, costs, actions, waits, layout.micro_batches)
         for built, costs, actions, waits in zip(layout.built, layout.costs, schedule, waiting, strict=True)
     ]
+
+
+@cache
+def _schedule_and_messages(
+    name: str, stages: int, micro_batches: int, chunks: int, ahead: int
+) -> tuple[Schedule, list[dict[Action, int]]]:
+    schedule = GENERATORS[name](stages, micro_batches, chunks)
+    return schedule, messages_waiting(schedule, simulate(schedule), ahead)
 
 
 def predict(times: StageTimes, memories: list[Memory]) -> Plan:
