@@ -9,6 +9,7 @@
 #   MEGATRON_MED_PROCESSES  ranks of a node (default: its GPUs)
 #   MEGATRON_MED_PORT       of the rendezvous on the first node (default: from the job's number)
 #   MEGATRON_MED_REQUEUE    0: do not requeue
+#   MEGATRON_MED_SRUN       further options of srun, for a container for example
 set -uo pipefail
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 if [ $# -lt 1 ] || [ -z "${SLURM_JOB_ID:-}" ]; then
@@ -27,9 +28,9 @@ port=${MEGATRON_MED_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export MEGATRON_MED_FORWARD=0
 export ADDRESS=$address PORT=$port PROCESSES=$processes REPOSITORY=$repository
 
-# shellcheck disable=SC2016  # the variables are the nodes' own
+# shellcheck disable=SC2016,SC2086  # the variables are the nodes' own; the options are several words
 srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 --wait 120 --kill-on-bad-exit=0 \
-  bash -c '
+  ${MEGATRON_MED_SRUN:-} bash -c '
     [ "$SLURM_NODEID" -eq 0 ] && is_host=true || is_host=false
     exec bash "$REPOSITORY/tools/launch.sh" --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$PROCESSES" \
       --rdzv-backend c10d --rdzv-endpoint "$ADDRESS:$PORT" --rdzv-conf "is_host=$is_host" \

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -180,6 +182,8 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if function.namespace == "c10d":
             return self._communicate(function, args, kwargs)
+        if function is torch.ops.aten._fused_sdp_choice.default and isinstance(args[0], FakeTensor):
+            return _fused_choice(*args, **kwargs)
         out = function(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -280,6 +284,13 @@ class Recorder(TorchDispatchMode):
     def __exit__(self, *arguments: Any) -> None:
         self._restore()
         super().__exit__(*arguments)
+
+
+def _fused_choice(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, dropout: float = 0.0, *_: Any, **__: Any
+) -> int:
+    """The attention that really runs: asked about tensors without data, torch answers for the meta device."""
+    return SDPBackend.MATH.value if dropout else SDPBackend.FLASH_ATTENTION.value
 
 
 def _extent(tensor: Tensor) -> int:

@@ -44,6 +44,7 @@ def _submit(slurm: LocalSlurm, log: Path, *arguments: str, nodes: int = 2, proce
     """The recipe's own script, on nodes without GPUs."""
     smaller = [f"--nodes={nodes}", "--gpus-per-node=0", "--cpus-per-task=1", "--time=60", f"--output={log}"]
     env = {"MEGATRON_MED_PYTHON": python_path(), "MEGATRON_MED_PROCESSES": str(processes)}
+    env["MEGATRON_MED_SRUN"] = "--label"
     command = ("sbatch", "--parsable", f"--chdir={REPOSITORY}", *smaller, "examples/gap_replay/70b.sbatch")
     return Job(slurm, slurm.run(*command, *arguments, env=env))
 
@@ -67,6 +68,7 @@ def test_a_warned_job_saves_is_requeued_and_finishes(slurm: LocalSlurm, sample_d
     assert "goes back into the queue" in output
     assert [line["step"] for line in read_metrics(run)] == list(range(1, STEPS + 1))
     assert json.loads((run / "exit.json").read_text())["code"] == 0
+    assert "0: step" in output, "MEGATRON_MED_SRUN did not reach srun"
     assert "loaded" in output, "the second start did not go on from the first one's checkpoint"
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from megatron_med.plan.predict import plan
 from megatron_med.plan.price import Software
 from megatron_med.plan.report import as_json, as_text, search_as_text
 from megatron_med.plan.search import search
+from tests.conftest import REPOSITORY
 
 CLUSTER = parse_cluster("a100-80g:16x8")
 
@@ -168,6 +171,12 @@ def test_recomputation_trades_memory_for_time() -> None:
     assert activations[0] < 0.2 * activations[2]
 
 
+def test_selective_recomputation_costs_nothing_beside_a_fused_attention_kernel() -> None:
+    assert plan(meditron(recompute="selective"), CLUSTER) == dataclasses.replace(
+        plan(meditron(), CLUSTER), config=meditron(recompute="selective")
+    )
+
+
 def test_the_prices_of_products_fall_with_their_size_and_never_pass_their_share() -> None:
     for kind in KINDS.values():
         shares = [kind.product_efficiency(size, size) for size in (128, 512, 1024, 4096, 8192, 16384)]
@@ -221,6 +230,25 @@ def test_the_json_has_what_a_program_needs() -> None:
     parts = [value for name, value in stage["memory"].items() if name != "total"]
     assert stage["memory"]["total"] == pytest.approx(sum(parts))
     assert stage["traffic"]["tp"]["calls"] > 0
+
+
+def test_the_published_runs_stand_in_the_docs_as_they_are_predicted() -> None:
+    """Within 15 %, or named on the page as further off."""
+    specification = importlib.util.spec_from_file_location(
+        "published", REPOSITORY / "tools/benchmark/published_runs.py"
+    )
+    assert specification is not None
+    assert specification.loader is not None
+    published = importlib.util.module_from_spec(specification)
+    sys.modules["published"] = published
+    specification.loader.exec_module(published)
+    page = (REPOSITORY / "docs" / "planner.md").read_text()
+    rows = [published.compare(run) for run in published.RUNS]
+    for line in published.as_table(rows).splitlines():
+        assert line in page
+    for row in rows:
+        off = round(100 * row["difference"])
+        assert abs(off) <= 15 or f"**{row['run']} is {off} % off**" in page
 
 
 def test_what_does_not_fit_is_marked() -> None:

@@ -26,7 +26,7 @@ def test_readme_opens_with_the_two_commands() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_named_files_and_links_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    scripts = set(re.findall(r"\b((?:tools|examples|tests)/[\w/]+\.(?:py|sh|yaml))", text))
+    scripts = set(re.findall(r"\b((?:tools|examples|tests)/[\w/]+\.(?:py|sh|yaml|sbatch))", text))
     links = {link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link}
     missing = [name for name in scripts if not (REPOSITORY / name).is_file()]
     missing += [link for link in links if not (page.parent / link).exists()]
