@@ -60,8 +60,21 @@ def _plan(arguments: argparse.Namespace, options: list[str], cluster: Cluster, s
     return result.fits
 
 
+_ANY_CUT = {
+    "parallel.tensor": "1",
+    "parallel.pipeline": "1",
+    "parallel.virtual_stages": "1",
+    "parallel.schedule": "1f1b",
+    "parallel.layers_per_stage": "null",
+    "parallel.replicate": "1",
+    "train.micro_batch_size": "1",
+}
+"""The search chooses these itself: the configuration's own need not suit the cluster."""
+
+
 def _search(arguments: argparse.Namespace, options: list[str], cluster: Cluster, software: Software) -> None:
-    config = load_config([arguments.config, *options], cluster.world_size)
+    neutral = [word for name, value in _ANY_CUT.items() for word in (f"--{name}", value)]
+    config = load_config([arguments.config, *options, *neutral], 1)
     from megatron_med.plan.report import as_json, search_as_text
     from megatron_med.plan.search import search
 
