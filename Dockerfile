@@ -47,13 +47,13 @@ COPY examples examples
 RUN useradd --create-home --uid 10001 trainer && install -d -o trainer -g trainer /workspace
 USER 10001
 WORKDIR /workspace
-# NCCL: warnings only, and a failed collective ends its rank instead of hanging. The recorder keeps the last collectives
-# for `when something hangs` (docs/hangs.md).
+# NCCL tells warnings only. The flight recorder writes the last collectives to /workspace when one times out
+# (docs/hangs.md).
 ENV OMP_NUM_THREADS=1 \
     PYTHONUNBUFFERED=1 \
     MEGATRON_MED_HOME=/opt/megatron_med \
     NCCL_DEBUG=WARN \
-    TORCH_NCCL_ASYNC_ERROR_HANDLING=1 \
     TORCH_FR_BUFFER_SIZE=2000 \
-    TORCH_NCCL_DUMP_ON_TIMEOUT=1
+    TORCH_NCCL_DUMP_ON_TIMEOUT=1 \
+    TORCH_NCCL_DEBUG_INFO_TEMP_FILE=/workspace/nccl_trace_rank_
 CMD ["python", "-m", "megatron_med.train", "--help"]

@@ -7,8 +7,8 @@ import json
 import sys
 import time
 
-from megatron_med.config import load_config
-from megatron_med.errors import EXIT_FAILED, run_command
+from megatron_med.config import Config, load_config
+from megatron_med.errors import EXIT_FAILED, ConfigError, run_command
 from megatron_med.plan.cluster import KINDS, Cluster, parse_cluster
 from megatron_med.plan.price import Software
 
@@ -16,7 +16,8 @@ from megatron_med.plan.price import Software
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="--section.key value changes a field of the configuration, as in training. Exit code 1: does not fit.",
+        epilog="--section.key value changes a field of the configuration, as in training (python -m megatron_med.train "
+        "--help lists them). Exit code 1: does not fit.",
     )
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("--cluster", required=True, help=f"KIND:NODESxGPUS; kinds: {', '.join(KINDS)}")
@@ -52,12 +53,18 @@ def main() -> None:
 
 def _plan(arguments: argparse.Namespace, options: list[str], cluster: Cluster, software: Software) -> bool:
     config = load_config([arguments.config, *options], cluster.world_size)
+    _check_precision(config)
     from megatron_med.plan.predict import plan  # after the configuration was accepted: refusing takes no torch
     from megatron_med.plan.report import as_json, as_text
 
     result = plan(config, cluster, software)
     print(json.dumps(as_json(result), indent=1) if arguments.json else as_text(result))
     return result.fits
+
+
+def _check_precision(config: Config) -> None:
+    if config.precision == "fp32":
+        raise ConfigError("precision is fp32: clusters are priced for half precision. Pass --precision bf16.")
 
 
 _ANY_CUT = {
@@ -75,6 +82,7 @@ _ANY_CUT = {
 def _search(arguments: argparse.Namespace, options: list[str], cluster: Cluster, software: Software) -> None:
     neutral = [word for name, value in _ANY_CUT.items() for word in (f"--{name}", value)]
     config = load_config([arguments.config, *options, *neutral], 1)
+    _check_precision(config)
     from megatron_med.plan.report import as_json, search_as_text
     from megatron_med.plan.search import search
 

@@ -30,20 +30,27 @@ export ADDRESS=$address PORT=$port PROCESSES=$processes REPOSITORY=$repository
 
 # shellcheck disable=SC2016,SC2086  # the variables are the nodes' own; the options are several words
 srun --nodes "$SLURM_JOB_NUM_NODES" --ntasks "$SLURM_JOB_NUM_NODES" --ntasks-per-node 1 --wait 120 --kill-on-bad-exit=0 \
-  ${MEGATRON_MED_SRUN:-} bash -c '
+  ${SLURM_CPUS_PER_TASK:+--cpus-per-task "$SLURM_CPUS_PER_TASK"} ${MEGATRON_MED_SRUN:-} bash -c '
     [ "$SLURM_NODEID" -eq 0 ] && is_host=true || is_host=false
     exec bash "$REPOSITORY/tools/launch.sh" --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node "$PROCESSES" \
       --rdzv-backend c10d --rdzv-endpoint "$ADDRESS:$PORT" --rdzv-conf "is_host=$is_host" \
       --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" -- "$@"
   ' launch "$@" &
 step=$!
+cancelled=""
 trap 'kill -s USR1 "$step"' USR1
-trap 'kill -s TERM "$step"' TERM
-while kill -0 "$step" 2>/dev/null; do
-  wait "$step" # a trapped signal interrupts it
+trap 'cancelled=1' TERM # Slurm itself tells the ranks
+interrupted() { [ "$code" -gt 128 ] && kill -0 "$step" 2>/dev/null; }
+wait "$step"
+code=$?
+while interrupted; do # by a trapped signal
+  wait "$step"
   code=$?
 done
-if [ "$code" -eq 75 ] && [ "${MEGATRON_MED_REQUEUE:-1}" != 0 ]; then
+[ "$code" -le 128 ] || { wait "$step" && code=0 || code=$?; } # it ended while the signal was handled
+state=$(scontrol show job "$SLURM_JOB_ID" --oneliner | grep -o 'JobState=[A-Z]*' | cut -d= -f2)
+if [ "$state" != RUNNING ]; then cancelled=1; fi
+if [ "$code" -eq 75 ] && [ -z "$cancelled" ] && [ "${MEGATRON_MED_REQUEUE:-1}" != 0 ]; then
   echo "slurm.sh: the run has saved; job $SLURM_JOB_ID goes back into the queue." >&2
   scontrol requeue "$SLURM_JOB_ID"
 fi

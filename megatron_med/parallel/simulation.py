@@ -6,6 +6,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from megatron_med.parallel.schedule import Action, Backward, BackwardInput, BackwardWeight, Forward, Schedule
 
@@ -14,6 +15,8 @@ Place = tuple[int, Action]
 
 Interval = tuple[int, Action, float, float]
 """(stage, action, start, end)"""
+
+Waits = Literal["none", "receiver", "sender"]
 
 Durations = Callable[[int, Action], float]
 """(stage, action) -> its time"""
@@ -59,7 +62,7 @@ def simulate(
     *,
     durations: Durations | None = None,
     transfers: Sequence[float] | None = None,
-    blocks: bool = False,
+    waits: Waits = "none",
 ) -> Simulation:
     """Runs a schedule on paper.
 
@@ -68,7 +71,8 @@ def simulate(
         forward_time, backward_time: of one micro-batch through one chunk.
         durations: time of each action instead.
         transfers: time of a message between each stage and the next, the last one's to the first; None: none.
-        blocks: a stage stands still until its message has arrived.
+        waits: who stands still while a message travels: none, it is asked for ahead of time; receiver, it is asked
+            for when it is needed; sender, too, a blocking send.
 
     Raises:
         ScheduleError: an action is missing or doubled, the stages wait for each other for ever, or a stage receives
@@ -92,12 +96,15 @@ def simulate(
                 needed = dependencies(action, stage, len(schedule), chunks)
                 if any(need not in ends for need in needed):
                     break
-                times = (ends[need] if need[0] == stage else arrivals[need] for need in needed)
-                start = max([clock[stage], *times])
+                start = max([clock[stage], *(ends[need] for need in needed)])
+                travels = [arrivals[need] - ends[need] for need in needed if need[0] != stage]
+                if waits == "receiver" and travels:
+                    start += max(travels)
+                start = max([start, *(arrivals[need] for need in needed if need[0] != stage)])
                 end = start + durations(stage, action)
                 ends[stage, action] = end
                 arrivals[stage, action] = end + _transfer(stage, action, transfers, chunks)
-                clock[stage] = arrivals[stage, action] if blocks else end
+                clock[stage] = arrivals[stage, action] if waits == "sender" else end
                 intervals.append((stage, action, start, end))
                 position[stage] += 1
                 remaining -= 1

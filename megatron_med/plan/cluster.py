@@ -10,6 +10,7 @@ import dataclasses
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_med.errors import ConfigError
 
@@ -78,39 +79,49 @@ class Accelerator:
         return self.product_share * best
 
 
+_HOPPER: dict[str, Any] = {
+    "nic_bandwidth": 50e9,
+    "attention_forward": 0.38,
+    "attention_backward": 0.32,
+    "attention1_forward": 0.24,
+    "attention1_backward": 0.18,
+}
+
 KINDS = {
     kind.name: kind
     for kind in (
         Accelerator("a100-80g", 312e12, 79.1 * GIB, 2.039e12, 108, 0.824, 300e9),
         Accelerator("a100-40g", 312e12, 39.4 * GIB, 1.555e12, 108, 0.824, 300e9),
-        Accelerator("h100-80g", 989e12, 79.1 * GIB, 3.35e12, 132, 0.76, 450e9, nic_bandwidth=50e9),
-        Accelerator("h200", 989e12, 139.8 * GIB, 4.8e12, 132, 0.76, 450e9, nic_bandwidth=50e9),
+        Accelerator("h100-80g", 989e12, 79.1 * GIB, 3.35e12, 132, 0.76, 450e9, **_HOPPER),
+        Accelerator("h200", 989e12, 139.8 * GIB, 4.8e12, 132, 0.76, 450e9, **_HOPPER),
     )
 }
 
 SOURCES = {
     "peak_flops": "NVIDIA data sheet, dense bf16, SXM",
     "memory": "torch.cuda.get_device_properties(0).total_memory",
-    "reserved": "CUDA context 0.5 GiB, NCCL buffers of about ten groups 1 GiB, cuBLAS workspace, fragmentation",
+    "reserved": "our estimate: CUDA context 0.5 GiB, NCCL buffers of about ten groups 1 GiB, cuBLAS workspace, "
+    "fragmentation",
     "memory_bandwidth": "NVIDIA data sheet",
     "memory_share": "BabelStream-like copies reach 0.88 to 0.92",
     "multiprocessors": "NVIDIA data sheet",
     "tile": "NVIDIA, Matrix Multiplication Background User's Guide: 256 x 128 is the most efficient tile",
     "product_share": "He 2024 (thonking.ai): 257 of 312 TFLOP/s for 8192^3 of random numbers on an A100 under its "
     "power limit; H100: Bekman, ml-engineering, 792 of 989 at best, less the A100's 5 % between best and random",
-    "attention_forward": "Dao 2023 (FlashAttention-2): 50 to 73 % of the peak forward; the middle",
-    "attention_backward": "Dao 2023: ten points less backward (73 and 63 % at best)",
-    "attention1_forward": "Dao 2023 on FlashAttention: 30 to 50 % forward; the middle",
-    "attention1_backward": "Dao 2023 on FlashAttention: 25 to 35 % backward; the middle",
-    "kernel_seconds": "shortest kernel plus gap in a stream that is never empty",
+    "attention_forward": "A100: Dao 2023 (FlashAttention-2), 50 to 73 % of the peak, the middle; H100: Shah et al. "
+    "2024 (FlashAttention-3), whose measure of FlashAttention-2 there is 35 % for both passes",
+    "attention_backward": "A100: Dao 2023, ten points less than forward (73 and 63 % at best); H100: as forward",
+    "attention1_forward": "A100: Dao 2023 on the first one, 30 to 50 %, the middle; H100: in the same proportion",
+    "attention1_backward": "A100: Dao 2023 on the first one, 25 to 35 %, the middle; H100: in the same proportion",
+    "kernel_seconds": "our estimate: shortest kernel plus gap in a stream that is never empty",
     "link_bandwidth": "NVIDIA data sheet: NVLink 600 (A100) and 900 GB/s (H100) in both directions",
     "link_share": "nccl-tests on 8 x A100: bus bandwidth of 230 to 235 of 300 GB/s",
-    "link_latency": "NCCL tuning model, ring over NVLink",
+    "link_latency": "our estimate, of the order of NCCL's tuning model for rings over NVLink",
     "collective_multiprocessors": "NCCL runs 24 channels, a thread block each, on NVSwitch nodes",
     "nic_bandwidth": "200 Gb/s (A100 nodes) and 400 Gb/s (H100 nodes) InfiniBand or RoCE",
     "nic_share": "nccl-tests over one 200 Gb/s card: about 23 of 25 GB/s",
-    "nic_latency": "NCCL tuning model, network hop",
-    "nics": "one a GPU, as in a DGX; --nics changes it",
+    "nic_latency": "our estimate, of the order of NCCL's tuning model for a network hop",
+    "nics": "--nics; without it one a GPU, as in a DGX",
 }
 """Where each figure comes from, by field of ``Accelerator``."""
 

@@ -18,7 +18,7 @@ from megatron_med.model.flops import (
 from megatron_med.model.recompute import Recompute
 from megatron_med.parallel.context import Axis
 from megatron_med.parallel.schedule import GENERATORS, Action, BackwardInput, BackwardWeight, Forward, Schedule
-from megatron_med.parallel.simulation import Simulation, messages_waiting, simulate
+from megatron_med.parallel.simulation import Simulation, Waits, messages_waiting, simulate
 from megatron_med.parallel.trace import Trace
 from megatron_med.plan.cluster import Cluster
 from megatron_med.plan.exposed import beside_gathers, data_parallel_seconds, unit_gathers, unit_reductions
@@ -130,7 +130,7 @@ class Stages:
 def build_stages(config: Config, cluster: Cluster) -> Stages:
     """Builds every stage on the meta device."""
     stages = range(config.parallel.pipeline)
-    axes = [stage_axes(config, cluster.world_size, stage) for stage in stages]
+    axes = [stage_axes(config, cluster, stage) for stage in stages]
     built = [build_on_meta(config, stage, axes[stage]["dp_shard"], axes[stage]["dp_replicate"]) for stage in stages]
     return Stages(built, axes)
 
@@ -219,7 +219,7 @@ class Prices:
     def __init__(self, cluster: Cluster, software: Software) -> None:
         self.cluster = cluster
         self.software = software
-        self._known: dict[tuple[int, float, bool], float] = {}
+        self._known: dict[tuple[int, tuple[float, float], bool], float] = {}
 
     def pricer(self, config: Config, axes: dict[str, Axis]) -> Pricer:
         """Prices events on the ranks of a stage."""
@@ -230,7 +230,7 @@ class Prices:
         """Seconds of a trace; traces live as long as the process."""
         if trace is None:
             return 0.0
-        key = id(trace), self.cluster.bandwidth(pricer.groups["tp"])[0], free
+        key = id(trace), self.cluster.bandwidth(pricer.groups["tp"]), free
         if key not in self._known:
             self._known[key] = pricer.seconds(trace, free_collectives=free)
         return self._known[key]
@@ -304,34 +304,36 @@ def simulate_step(times: StageTimes) -> Simulation:
             ranks = layout.axes[stage]["pp"].ranks
             pair = (ranks[stage], ranks[(stage + 1) % stages])
             transfers[stage] = times.pricers[stage].transfer("send", size, pair)
-    return simulate(
-        layout.schedule,
-        durations=times,
-        transfers=transfers,
-        blocks=not config.parallel.overlap.pipeline,
-    )
+    waits: Waits = "none" if config.parallel.overlap.pipeline else "receiver"
+    if times.prices.software.messages == "blocking":
+        waits = "sender"
+    return simulate(layout.schedule, durations=times, transfers=transfers, waits=waits)
 
 
-def stage_axes(config: Config, world_size: int, stage: int) -> dict[str, Axis]:
-    """Axes of the first rank of a stage, without process groups."""
+def stage_axes(config: Config, cluster: Cluster, stage: int) -> dict[str, Axis]:
+    """Axes of a stage, without process groups: of each kind the group that is spread over the most nodes, for all
+    groups wait for the slowest."""
     parallel = config.parallel
-    dp = world_size // (parallel.tensor * parallel.pipeline)
-    grid = torch.arange(world_size).view(
-        parallel.pipeline, parallel.replicate, dp // parallel.replicate, parallel.tensor
-    )
+    tensor, world_size = parallel.tensor, cluster.world_size
+    dp = world_size // (tensor * parallel.pipeline)
+    grid = torch.arange(world_size).view(parallel.pipeline, parallel.replicate, dp // parallel.replicate, tensor)
+    own = grid[stage]
 
-    def axis(ranks: torch.Tensor, rank: int = 0) -> Axis:
-        return Axis(ranks.numel(), rank, tuple(ranks.flatten().tolist()))
+    def worst(groups: torch.Tensor, rank: int = 0) -> Axis:
+        """Of ``[groups, ranks]``."""
+        lines = groups.tolist()
+        ranks = max(lines, key=lambda line: len({one // cluster.gpus_per_node for one in line}))
+        return Axis(len(ranks), rank, tuple(ranks))
 
-    pipeline = grid[:, 0, 0, 0]
-    ends = pipeline[[0, -1]] if parallel.pipeline > 1 else pipeline
+    pipelines = grid.flatten(1).t()
+    ends = pipelines[:, [0, -1]] if parallel.pipeline > 1 else pipelines
     is_end = stage in (0, parallel.pipeline - 1)
     return {
-        "tp": axis(grid[stage, 0, 0]),
-        "dp_shard": axis(grid[stage, 0, :, 0]),
-        "dp_replicate": axis(grid[stage, :, 0, 0]),
-        "dp": axis(grid[stage, :, :, 0]),
-        "pp": axis(pipeline, stage),
-        "embedding": axis(ends, int(stage > 0)) if is_end else Axis(),
-        "world": axis(grid),
+        "tp": worst(own.flatten(0, 1)),
+        "dp_shard": worst(own.movedim(1, -1).flatten(0, 1)),
+        "dp_replicate": worst(own.movedim(0, -1).flatten(0, 1)),
+        "dp": worst(own.flatten(0, 1).t()),
+        "pp": worst(pipelines, stage),
+        "embedding": worst(ends, int(stage > 0)) if is_end else Axis(),
+        "world": worst(grid.reshape(1, -1)),
     }

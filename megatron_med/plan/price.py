@@ -19,10 +19,12 @@ class Software:
             are one kernel and what dies between them stays on the chip.
         attention: flash2 or flash1 (Dao 2022, 2023); scores, two products and a fused softmax with all scores in
             memory (Megatron-LM of 2021).
+        messages: asynchronous, as this project sends them; blocking, both stages stand still (Megatron-LM).
     """
 
     elementwise: Literal["separate", "fused"] = "separate"
     attention: Literal["flash2", "flash1", "scores"] = "flash2"
+    messages: Literal["asynchronous", "blocking"] = "asynchronous"
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def search(config: Config, cluster: Cluster, software: Software | None = None, k
     whole layers only where it does not fit without. One process a tensor size.
     """
     one_tensor_size = partial(_search_tensor_size, config, cluster, software or Software())
-    tensor_sizes = [tensor for tensor in range(1, cluster.gpus_per_node + 1) if cluster.world_size % tensor == 0]
+    tensor_sizes = [tensor for tensor in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % tensor == 0]
     with ProcessPoolExecutor(max(1, min(os.cpu_count() or 1, len(tensor_sizes))), get_context("spawn")) as pool:
         results = list(pool.map(one_tensor_size, tensor_sizes))
     best = sorted((plan for result in results for plan in result.best), key=lambda plan: plan.step_seconds)

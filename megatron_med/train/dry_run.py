@@ -3,7 +3,7 @@ there.
 
 The real code sets up configuration, groups, model, optimizer, schedule and checkpoint layout and trains two steps, on
 tensors without data (FakeTensorMode) and with collectives that move nothing (torch's fake backend). What would fail
-on the cluster for its shapes, groups or memory fails here first.
+on the cluster for its shapes or groups fails here first; the memory it would take is told.
 """
 
 from __future__ import annotations
@@ -63,6 +63,11 @@ def main(arguments: list[str]) -> int:
     try:
         if "RANK" in os.environ:
             raise ConfigError("--dry-run is one process: start it with python, not with torchrun.")
+        if own.world_size < 1 or own.micro_batches < 0:
+            raise ConfigError(
+                f"--world-size is {own.world_size} and --micro-batches {own.micro_batches}: the first must be at "
+                "least 1, the second at least 0."
+            )
         if not 0 <= own.rank < own.world_size:
             raise ConfigError(
                 f"--rank is {own.rank}: it must lie between 0 and --world-size - 1 = {own.world_size - 1}."
@@ -161,7 +166,7 @@ def _open_data(config: Config) -> tuple[SampleStream, Tokenizer | None, list[str
     present = [source for source in sources if source not in missing]
     absent = [f"  absent: {source.path}.bin and .idx" for source in missing]
     override = data.tokenizer
-    if override is not None and not Path(override.split(",")[0]).exists():
+    if override is not None and not all(Path(part).exists() for part in override.split(",")):
         absent.append(f"  absent: tokenizer {override}")
         override = None
     tokenizer = find_tokenizer(present, override, config.model.vocab_size)
@@ -208,7 +213,7 @@ def _checkpoint(config: Config, machinery: Machinery, tokenizer: Tokenizer | Non
     if config.checkpoint.load is None:
         return words
     if not Path(config.checkpoint.load).exists():
-        return f"{words}\n  absent: {config.checkpoint.load}, in its place initial weights"
+        return f"{words}\n  absent: {config.checkpoint.load}, in its place initial weights, of the same entries"
     folder = resolve_checkpoint(config.checkpoint.load)
     state = read_state(folder)
     check_model(state, config.model, folder)

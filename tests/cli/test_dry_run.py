@@ -45,9 +45,12 @@ def test_every_recipe_passes_on_the_first_a_middle_and_the_last_rank(recipe: Pat
 
 
 @pytest.mark.parametrize("recipe", QUICKSTART, ids=lambda path: path.stem)
-def test_the_quickstart_passes_on_its_eight_ranks(recipe: Path) -> None:
-    done = train_forked(recipe, "--data.train", "[{path: none}]", "--data.valid", "[{path: none}]", *_world(8, 5))
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_the_quickstart_passes_on_a_first_a_middle_and_its_last_rank(recipe: Path) -> None:
+    for rank in (0, 5, 7):
+        done = train_forked(
+            recipe, "--data.train", "[{path: none}]", "--data.valid", "[{path: none}]", *_world(8, rank)
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -126,6 +129,11 @@ def test_bad_places_in_the_world_are_refused(tmp_path: Path) -> None:
     done = train_forked(config, "--parallel.tensor", 3, *_world(8, 0))
     assert done.returncode == 2
     assert "parallel.tensor x parallel.pipeline" in done.stderr
+    done = train_forked(config, *_world(0, 0))
+    assert "--world-size is 0" in done.stderr
+    done = train_forked(config, *_world(8, 0), "--micro-batches", -3)
+    assert done.returncode == 2
+    assert "--micro-batches -3" in done.stderr
     done = train_forked(config, "--dry-run")
     assert done.returncode == 2
     assert "--world-size" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +71,17 @@ def test_a_warned_job_saves_is_requeued_and_finishes(slurm: LocalSlurm, sample_d
     assert json.loads((run / "exit.json").read_text())["code"] == 0
     assert "0: step" in output, "MEGATRON_MED_SRUN did not reach srun"
     assert "loaded" in output, "the second start did not go on from the first one's checkpoint"
+
+
+def test_a_cancelled_job_does_not_come_back(slurm: LocalSlurm, sample_data: Path, tmp_path: Path) -> None:
+    run, log = tmp_path / "run", tmp_path / "job.log"
+    job = _submit(slurm, log, *_toy(sample_data, run))
+    wait_for_step(run, 3, job, log)
+    slurm.run("scancel", job.number)
+    ended = job.wait()
+    time.sleep(10)  # a requeued job is pending again within seconds
+    assert job.poll() == ended["JobState"] == "CANCELLED"
+    assert ended["Restarts"] == "0"
 
 
 def test_a_bad_configuration_ends_the_job_at_once(slurm: LocalSlurm, sample_data: Path, tmp_path: Path) -> None:

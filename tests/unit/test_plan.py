@@ -203,8 +203,10 @@ def test_transfers_lengthen_a_pipeline_by_the_way_there_and_back() -> None:
     schedule = GENERATORS["gpipe"](4, 8, 1)
     plain, sent = simulate(schedule), simulate(schedule, transfers=[0.1] * 4)
     assert sent.makespan == pytest.approx(plain.makespan + 2 * 3 * 0.1)
-    waits = simulate(schedule, transfers=[0.1] * 4, blocks=True)
-    assert waits.makespan > sent.makespan
+    late = simulate(schedule, transfers=[0.1] * 4, waits="receiver")
+    assert late.makespan == pytest.approx(plain.makespan + 2 * (3 + 7) * 0.1)  # and once for each further micro-batch
+    blocking = simulate(schedule, transfers=[0.1] * 4, waits="sender")
+    assert blocking.makespan > sent.makespan
     slow_last = simulate(
         schedule, durations=lambda stage, action: (1 + (stage == 3)) * (1 + (type(action) is not Forward))
     )

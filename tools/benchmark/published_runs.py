@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import Config, DataConfig, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
+from megatron_med.model.flops import parameter_flops_per_token
 from megatron_med.plan.cluster import parse_cluster
 from megatron_med.plan.predict import Plan, plan
 from megatron_med.plan.price import Software
@@ -27,7 +28,8 @@ class PublishedRun:
 
     Attributes:
         measured: tokens/s of the cluster, or the quantity that ``unit`` names.
-        unit: tokens/s, hardware TFLOP/s (a GPU, as SC21 counts) or MFU.
+        unit: tokens/s; hardware TFLOP/s, of a GPU as SC21 counts; MFU %, as llm-foundry counts: 6 x parameters and
+            all pairs of attention.
     """
 
     name: str
@@ -42,7 +44,12 @@ class PublishedRun:
         """The same quantity of a plan."""
         if self.unit == "tokens/s":
             return result.tokens_per_second
-        return result.hardware_flops / 1e12 if self.unit == "hardware TFLOP/s" else 100 * result.mfu
+        if self.unit == "hardware TFLOP/s":
+            return result.hardware_flops / 1e12
+        model, length = result.config.model, result.config.data.sequence_length
+        attention = 12.0 * model.num_layers * model.num_attention_heads * model.head_dim * length
+        peak = result.cluster.world_size * result.cluster.accelerator.peak_flops
+        return 100 * result.tokens_per_second * (parameter_flops_per_token(model) + attention) / peak
 
 
 def _config(
@@ -103,7 +110,7 @@ def _sc21(
         sequence_parallel=False,
         overlap=NO_OVERLAP,
     )
-    software = Software("fused", "scores")
+    software = Software("fused", "scores", "blocking")
     return PublishedRun(f"SC21 {name}", config, f"a100-80g:{gpus // 8}x8", software, measured, "hardware TFLOP/s")
 
 
@@ -123,7 +130,7 @@ RUNS = [
             overlap=TENSOR_OVERLAP,
         ),
         "a100-80g:16x8",
-        Software("separate", "flash1"),
+        Software("separate", "flash1", "blocking"),
         40200,
         "tokens/s",
         nics=1,
@@ -133,7 +140,7 @@ RUNS = [
     _sc21("145.6B", (80, 12288, 96), (8, 8, 2), (2, 2304), 1536, 148),
     PublishedRun(
         "llm-foundry 70B",
-        _config(_gpt(80, 8192, 64, 50432), 2048, 8, 1024, recompute="full", sharding="full"),
+        _config(_gpt(80, 8192, 64, 50432), 2048, 8, 2048, recompute="full", sharding="full"),
         "a100-80g:8x8",
         Software("fused", "flash2"),
         53.3,
@@ -141,7 +148,7 @@ RUNS = [
     ),
     PublishedRun(
         "llm-foundry 7B",
-        _config(_gpt(32, 4096, 32, 50432), 2048, 4, 1024, sharding="full"),
+        _config(_gpt(32, 4096, 32, 50432), 2048, 6, 96, sharding="full"),
         "a100-80g:1x8",
         Software("fused", "flash2"),
         64.2,
