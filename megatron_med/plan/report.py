@@ -13,6 +13,7 @@ MODEL_ASSUMPTIONS = (
     "a kernel takes what its arithmetic or its memory traffic takes, whichever is longer, and the host is never late",
     "collectives are rings; all groups of a kind communicate at once and share the network cards of their node",
     "a computation beside a collective has the multiprocessors that the collective leaves",
+    "documents that are kept apart cost attention over all pairs of tokens, at the same share of the peak",
     "groups of different kinds do not slow each other down on the network cards",
     "products take 128 x 256 output tiles, or halves at 0.9 and eighths at 0.6 of their speed, whatever the inner size",
     "a backward pass of attention is 2.5 times the forward pass; all scores in memory cost 4 and 5 passes over them",

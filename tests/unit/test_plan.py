@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import sys
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_med.config import load_config
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import (
     Config,
@@ -21,8 +24,12 @@ from megatron_med.config.schema import (
     TrainConfig,
 )
 from megatron_med.errors import ConfigError
+from megatron_med.model.batch import MicroBatch
+from megatron_med.model.build import build_stage
+from megatron_med.parallel.context import single_process_context
 from megatron_med.parallel.schedule import GENERATORS, Forward
 from megatron_med.parallel.simulation import simulate
+from megatron_med.parallel.trace import Recorder
 from megatron_med.plan.cluster import KINDS, SOURCES, Cluster, parse_cluster
 from megatron_med.plan.predict import plan
 from megatron_med.plan.price import Software
@@ -251,6 +258,50 @@ def test_the_published_runs_stand_in_the_docs_as_they_are_predicted() -> None:
     for row in rows:
         off = round(100 * row["difference"])
         assert abs(off) <= 15 or f"**{row['run']} is {off} % off**" in page
+
+
+@pytest.mark.parametrize("nics", [1, 8])
+def test_the_better_cut_in_the_recipe_is_better_by_what_its_page_says(nics: int) -> None:
+    folder = REPOSITORY / "examples" / "gap_replay"
+    page = (folder / "README.md").read_text()
+    options = page.split("sbatch examples/gap_replay/70b.sbatch --")[1].split("```")[0].replace("\\", " ").split()
+    cluster = parse_cluster("a100-80g:16x8", nics)
+    published = plan(load_config([str(folder / "70b.yaml")], 128), cluster)
+    better = plan(load_config([str(folder / "70b.yaml"), "--" + options[0], *options[1:]], 128), cluster)
+    assert better.fits
+    gain = round(100 * (better.tokens_per_second / published.tokens_per_second - 1))
+    if nics == 1:
+        assert f"{published.tokens_per_second:,.0f}" in page
+        assert f"{better.tokens_per_second:,.0f}" in page
+        assert f"It is {gain} % faster by prediction" in page
+    else:
+        assert f"it gains {gain} %" in page
+
+
+def test_the_recorder_counts_memory_as_the_allocator_does() -> None:
+    """torch.profiler sees every allocation and release of the CPU's allocator."""
+    _train_a_little()  # whatever is allocated once per process
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _train_a_little()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    recorder = Recorder()
+    with recorder:
+        _train_a_little()
+    assert recorder.peak == max(itertools.accumulate(sizes))
+    assert recorder.live == sum(sizes) == 0
+
+
+def _train_a_little() -> None:
+    """Two forward and backward passes of a Llama with 1M parameters."""
+    config = ModelConfig(**PRESETS["llama-tiny"])
+    model = build_stage(config, single_process_context(), torch.float32)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    tokens = torch.zeros(4, 128, dtype=torch.int64)
+    batch = MicroBatch(tokens, tokens, torch.ones(4, 128), torch.arange(128).expand(4, -1), "test")
+    for _ in range(2):
+        model.loss(model(None, batch), batch).backward()
 
 
 def test_what_does_not_fit_is_marked() -> None:
