@@ -1,0 +1,1 @@
+"""GAP-Replay: raw papers, abstracts, guidelines and replay text to clean, deduplicated, split JSONL."""

@@ -1,0 +1,292 @@
+"""Builds a corpus from a recipe: the stages in order, and the record of what they did.
+
+Everything is below ``recipe.output``: ``SOURCE-train/`` and ``SOURCE-valid/`` (text), ``SOURCE-train.bin/.idx/.json``
+(tokens), ``manifest.json``, and ``work/`` with what can be deleted when the manifest is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
+from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupSignature
+
+from megatron_med.corpus import manifest
+from megatron_med.corpus.blocks import (
+    CatalogueReader,
+    DropListed,
+    LanguageFilter,
+    PersonalDataGate,
+    RawReader,
+    RemovedWriter,
+    ShardReader,
+    Split,
+    text_writer,
+)
+from megatron_med.corpus.catalogue import CatalogueEntry, write_catalogue
+from megatron_med.corpus.contamination import write_index
+from megatron_med.corpus.duplicates import KeyWriter, Words, find_key_duplicates, find_near_duplicates, minhash_config
+from megatron_med.corpus.executors import Stage, run_stages
+from megatron_med.corpus.recipe import CorpusRecipe
+from megatron_med.corpus.records import read_records
+from megatron_med.data.merge import merge_datasets
+from megatron_med.data.preprocess import PreprocessOptions, preprocess
+from megatron_med.errors import DataError
+
+SPLITS = ("train", "valid")
+
+
+class Build:
+    """The stages of one recipe and where each finds its files.
+
+    Args:
+        recipe: what to build.
+    """
+
+    def __init__(self, recipe: CorpusRecipe) -> None:
+        self.recipe = recipe
+        self.root = Path(recipe.output)
+        self.work = self.root / "work"
+        self.logs = self.work / "logs"
+        self.inputs = {name: recipe.inputs(name) for name in recipe.sources}
+        self.shards = [f"{name}/{number:05d}" for name, files in self.inputs.items() for number in range(len(files))]
+        """Every shard of the corpus, one for each raw file, in order of precedence."""
+
+    def stages(self) -> list[Stage]:
+        """Every stage in order."""
+        stages = [*self._catalogue(), *map(self._extract, self.recipe.sources)]
+        stages.append(Stage("duplicates", [self._find_key_duplicates], 1))
+        if self.recipe.quality.near_duplicates:
+            stages += self._near_duplicates()
+        if self.recipe.quality.questions:
+            stages.append(Stage("questions", [self._index_questions], 1))
+        stages += [Stage("finish", self._finish(), len(self.shards)), Stage("manifest", [self._write_manifest], 1)]
+        return stages + self._tokenize()
+
+    def run(self, wanted: Callable[[str], bool], report: Callable[[str], None]) -> None:
+        """Runs the stages that ``wanted`` names, and says what it does.
+
+        Raises:
+            DataError: the folder holds another build, or a stage met data it cannot use.
+        """
+        self._check_same_build()
+        run_stages([s for s in self.stages() if wanted(s.name)], self.recipe.execution, self.logs, report)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything that the text depends on: the recipe without its execution, and the files by name and size."""
+        plain = dataclasses.asdict(self.recipe)
+        del plain["execution"], plain["output"]
+        files = [*self.recipe.catalogue_inputs(), *(file for files in self.inputs.values() for file in files)]
+        plain["files"] = {str(file): file.stat().st_size for file in files}
+        return plain
+
+    def _check_same_build(self) -> None:
+        record = self.work / "recipe.json"
+        now = self.fingerprint()
+        if not record.is_file():
+            if self.root.exists() and any(self.root.glob("*-train*")):
+                raise DataError(f"{self.root} holds a corpus whose work/ is gone: name another output, or remove it.")
+            self.work.mkdir(parents=True, exist_ok=True)
+            record.write_text(json.dumps(now, indent=1), encoding="utf-8")
+            return
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
+        if changed:
+            raise DataError(
+                f"{self.root} was begun with another recipe or other files (changed: {', '.join(changed)}): name "
+                f"another output, or remove {self.root} to build anew."
+            )
+
+    def _catalogue(self) -> list[Stage]:
+        files = self.recipe.catalogue_inputs()
+        if not files:
+            return []
+        reader = CatalogueReader(files, self.work / "catalogue")
+        return [
+            Stage("catalogue", [reader], len(files)),
+            Stage("catalogue-join", [partial(self._join_catalogue, len(files))], 1),
+        ]
+
+    def _join_catalogue(self, files: int, _data: Any, _rank: int, _world_size: int) -> None:
+        shards = [self.work / "catalogue" / f"{number:05d}.jsonl" for number in range(files)]
+        entries = (CatalogueEntry(**record) for shard in shards for _, record in read_records(shard))
+        write_catalogue(self.work / "catalogue.sqlite", entries)
+
+    def _extract(self, name: str) -> Stage:
+        source, quality = self.recipe.sources[name], self.recipe.quality
+        removed = self.work / "removed"
+        reader = RawReader(
+            self.inputs[name],
+            source.kind,
+            {"source": name, "license": source.license},
+            self.work / "catalogue.sqlite" if source.catalogue else None,
+            source.share,
+            self.recipe.seed,
+            self.recipe.bad_records == "skip",
+        )
+        steps: list[Any] = [reader]
+        if quality.language:
+            steps.append(
+                LanguageFilter(
+                    quality.language, quality.language_characters, RemovedWriter(removed / "language" / name)
+                )
+            )
+        steps.append(PersonalDataGate(dict(quality.personal_data), RemovedWriter(removed / "personal_data" / name)))
+        steps.append(KeyWriter(self.work / "keys" / name, by_beginning=source.kind == "guidelines"))
+        steps.append(text_writer(self.work / "extracted" / name))
+        return Stage(f"extract-{name}", steps, len(self.inputs[name]))
+
+    def _find_key_duplicates(self, _data: Any, _rank: int, _world_size: int) -> None:
+        for name in self.recipe.sources:
+            self._check_not_empty(name)
+        find_key_duplicates([self.work / "keys" / f"{shard}.npy" for shard in self.shards], self.work / "same")
+
+    def _check_not_empty(self, name: str) -> None:
+        if any((self.work / "extracted" / name).glob("*.jsonl.zst")):
+            return
+        totals: dict[str, int] = {}
+        for number in range(len(self.inputs[name])):
+            for step, counters in manifest.read_statistics(self.logs / f"extract-{name}", number).items():
+                for key, value in counters.items():
+                    if key == "total" and step == "raw records":
+                        totals["read"] = totals.get("read", 0) + value
+                    elif key.startswith("dropped_"):
+                        totals[key.removeprefix("dropped_")] = totals.get(key.removeprefix("dropped_"), 0) + value
+        counts = ", ".join(f"{value:,} {key}" for key, value in totals.items()) or "0 read"
+        raise DataError(
+            f"sources.{name} yields no document ({counts}). Check its kind and its files, then remove "
+            f"{self.logs / f'extract-{name}'} and start again, or take the source out of the recipe."
+        )
+
+    def _extracted(self) -> list[Path]:
+        return [self.work / "extracted" / f"{shard}.jsonl.zst" for shard in self.shards]
+
+    def _near_duplicates(self) -> list[Stage]:
+        config = minhash_config(self.recipe.seed)
+        signatures, pairs = str(self.work / "minhash" / "signatures"), str(self.work / "minhash" / "pairs")
+        signing = [
+            ShardReader(self._extracted()),
+            DropListed(self.work / "same", self.shards),
+            MinhashDedupSignature(signatures, config, language=Words()),
+        ]
+        return [
+            Stage("near-signatures", signing, len(self.shards)),
+            Stage("near-pairs", [MinhashDedupBuckets(signatures, pairs, config=config)], config.num_buckets),
+            Stage("near-groups", [self._find_near_duplicates], 1),
+        ]
+
+    def _find_near_duplicates(self, _data: Any, _rank: int, _world_size: int) -> None:
+        pairs = sorted((self.work / "minhash" / "pairs").glob("*.dups"))
+        find_near_duplicates(pairs, len(self.shards), self.work / "near")
+
+    def _index_questions(self, _data: Any, _rank: int, _world_size: int) -> None:
+        counts = {}
+        for name, questions in self.recipe.quality.questions.items():
+            total, short = write_index(name, questions, self._contamination(), self.work / "questions")
+            counts[name] = {"questions": total, "too_short_to_be_found": short}
+        (self.work / "questions.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
+
+    def _contamination(self) -> NGramsDecontConfig:
+        return NGramsDecontConfig(n_grams=self.recipe.quality.n_grams)
+
+    def _finish(self) -> list[Any]:
+        removed = self.work / "removed"
+        steps: list[Any] = [
+            ShardReader(self._extracted()),
+            DropListed(self.work / "same", self.shards, RemovedWriter(removed / "same")),
+        ]
+        if self.recipe.quality.near_duplicates:
+            steps.append(NearDuplicates(self.work / "near", self.shards, RemovedWriter(removed / "near")))
+        if self.recipe.quality.questions:
+            writer = RemovedWriter(removed / "contaminated")
+            index = str(self.work / "questions")
+            steps.append(NGramsDecontFilter(index, self._contamination(), writer, language=Words()))
+        shares = {name: source.valid for name, source in self.recipe.sources.items()}
+        steps.append(Split(self.recipe.seed, shares))
+        steps.append(text_writer(self.root, "${source}-${split}/${rank}.jsonl"))
+        return steps
+
+    def text_shards(self, name: str, split: str) -> list[Path]:
+        """The finished text of a source and split; shards without documents have no file."""
+        return sorted((self.root / f"{name}-{split}").glob("*.jsonl.zst"))
+
+    def _write_manifest(self, _data: Any, _rank: int, _world_size: int) -> None:
+        manifest.write_manifest(self.root, describe(self))
+
+    def _pieces(self) -> list[tuple[str, str, int]]:
+        return [
+            (shard.split("/")[0], split, number) for number, shard in enumerate(self.shards) for split in SPLITS
+        ]
+
+    def _tokenize(self) -> list[Stage]:
+        if self.recipe.tokenization is None:
+            return []
+        return [
+            Stage("tokenize", [self._tokenize_piece], len(self._pieces())),
+            Stage("tokenize-join", [self._join_tokens], len(self.recipe.sources) * len(SPLITS)),
+        ]
+
+    def _piece_prefix(self, name: str, split: str, number: int) -> Path:
+        return self.work / "tokens" / f"{name}-{split}" / f"{number:05d}"
+
+    def _tokenize_piece(self, _data: Any, rank: int, _world_size: int) -> None:
+        settings = self.recipe.tokenization
+        assert settings is not None, "this stage is planned only where a tokenizer is named"
+        name, split, number = self._pieces()[rank]
+        text = self.root / f"{name}-{split}" / f"{number:05d}.jsonl.zst"
+        if text.exists():
+            prefix = self._piece_prefix(name, split, number)
+            options = PreprocessOptions([text], prefix, settings.tokenizer, append_eod=settings.append_eod)
+            preprocess(dataclasses.replace(options, tokens=settings.tokens, overwrite=True))
+
+    def _join_tokens(self, _data: Any, rank: int, _world_size: int) -> None:
+        name, split = [(name, split) for name in self.recipe.sources for split in SPLITS][rank]
+        numbers = [number for other, part, number in self._pieces() if (other, part) == (name, split)]
+        prefixes = [self._piece_prefix(name, split, number) for number in numbers]
+        written = [prefix for prefix in prefixes if prefix.with_suffix(".idx").exists()]
+        if written:
+            merge_datasets(written, self.root / f"{name}-{split}", overwrite=True)
+
+
+class NearDuplicates(DropListed):
+    """``DropListed`` under a name of its own in the statistics."""
+
+    name = "near duplicates"
+
+
+def describe(build: Build) -> dict[str, Any]:
+    """The manifest's content: sources, what each step did to each shard, every file of the corpus."""
+    recipe = build.recipe
+    sources = {}
+    for name, source in recipe.sources.items():
+        files = [{"file": str(path), "bytes": path.stat().st_size} for path in build.inputs[name]]
+        sources[name] = {"kind": source.kind, "license": source.license, "valid": source.valid, "files": files}
+    shards = []
+    for number, shard in enumerate(build.shards):
+        name, raw = shard.split("/")
+        steps = manifest.read_statistics(build.logs / f"extract-{name}", int(raw))
+        finishing = manifest.read_statistics(build.logs / "finish", number)
+        finishing.pop("shards", None)
+        for split in SPLITS:
+            path = build.root / f"{name}-{split}" / f"{number:05d}.jsonl.zst"
+            if path.exists():
+                made_from = {"source": name, "split": split, "made_from": str(build.inputs[name][int(raw)])}
+                facts = manifest.describe_shard(path, build.root)
+                shards.append({**made_from, **facts, "steps": {**steps, **finishing}})
+    questions = build.work / "questions.json"
+    digest = hashlib.sha256(json.dumps(build.fingerprint(), sort_keys=True).encode()).hexdigest()
+    return {
+        "version": 1,
+        "code": manifest.code_version(),
+        "recipe_sha256": digest,
+        "recipe": build.fingerprint(),
+        "sources": sources,
+        "questions": json.loads(questions.read_text(encoding="utf-8")) if questions.is_file() else {},
+        "shards": shards,
+    }

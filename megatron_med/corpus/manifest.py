@@ -1,0 +1,119 @@
+"""The manifest of a corpus: what every shard was made from, what each step removed, checksums, code version."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_med.corpus.records import read_records
+from megatron_med.errors import DataError
+
+FILE_NAME = "manifest.json"
+_READ = 1 << 20
+
+
+def checksum(path: Path) -> str:
+    """sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_version() -> str:
+    """Version of the package, with the commit where the source tree has one."""
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return version("megatron_med")
+    return f"{version('megatron_med')} ({commit})"
+
+
+def read_statistics(logs: Path, rank: int) -> dict[str, dict[str, int]]:
+    """What datatrove counted in one task: ``{step: {counter: total}}``."""
+    path = logs / "stats" / f"{rank:05d}.json"
+    steps = json.loads(path.read_text(encoding="utf-8"))
+    found: dict[str, dict[str, int]] = {}
+    for step in steps:
+        counters = step.get("stats", {})
+        name = step["name"].split(" - ")[-1].rpartition(": ")[2].strip()
+        totals = {key: value["total"] if isinstance(value, dict) else value for key, value in counters.items()}
+        found.setdefault(name, {}).update({key: int(value) for key, value in totals.items()})
+    return found
+
+
+def describe_shard(path: Path, root: Path) -> dict[str, Any]:
+    """Documents, characters, licences and checksum of one shard of the corpus."""
+    licenses: Counter[str] = Counter()
+    documents = characters = 0
+    for _, record in read_records(path):
+        documents += 1
+        characters += len(record["text"])
+        licenses[record["metadata"].get("license", "unknown")] += 1
+    return {
+        "file": str(path.relative_to(root)),
+        "documents": documents,
+        "characters": characters,
+        "bytes": path.stat().st_size,
+        "sha256": checksum(path),
+        "licenses": dict(licenses.most_common()),
+    }
+
+
+def write_manifest(root: Path, content: dict[str, Any]) -> None:
+    """Writes ``manifest.json`` in one piece."""
+    partial = root / f"{FILE_NAME}.partial"
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, root / FILE_NAME)
+
+
+def read_manifest(root: Path) -> dict[str, Any]:
+    """The manifest of a finished corpus.
+
+    Raises:
+        DataError: there is none, or it is damaged.
+    """
+    path = root / FILE_NAME
+    if not path.is_file():
+        raise DataError(f"There is no {path}: the corpus is not finished. Run tools/build_corpus.py to its end.")
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}. Remove it and run tools/build_corpus.py again.") from error
+    return content
+
+
+def verify_manifest(root: Path) -> int:
+    """Compares every shard with the manifest and returns how many there are.
+
+    Raises:
+        DataError: with every shard that is missing, changed, or not in the manifest.
+    """
+    shards = [shard for shard in read_manifest(root)["shards"]]
+    faults = list(_differences(root, shards))
+    if faults:
+        raise DataError(faults)
+    return len(shards)
+
+
+def _differences(root: Path, shards: list[dict[str, Any]]) -> Iterator[str]:
+    remedy = "Remove the stage's folder under work/logs and build again, or restore the file."
+    known = {shard["file"] for shard in shards}
+    for shard in shards:
+        path = root / shard["file"]
+        if not path.is_file():
+            yield f"{path} is in {FILE_NAME} and not on disk. {remedy}"
+        elif path.stat().st_size != shard["bytes"] or checksum(path) != shard["sha256"]:
+            yield f"{path} is not the file that {FILE_NAME} describes (its sha256 differs). {remedy}"
+    folders = {Path(name).parent for name in known}
+    for folder in sorted(folders):
+        for path in sorted((root / folder).glob("*.jsonl.zst")):
+            if str(path.relative_to(root)) not in known:
+                yield f"{path} is not in {FILE_NAME}. {remedy}"

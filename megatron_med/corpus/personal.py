@@ -1,0 +1,70 @@
+"""The personal-data gate: finds e-mail addresses, telephone and record numbers, and names in a header.
+
+It is a filter on patterns, made for published text, where such data is an accident. It is no de-identification of
+clinical notes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection
+
+KINDS = ("email", "phone", "record_number", "name")
+"""What is looked for."""
+
+HEADER_LINES = 12
+"""Names are looked for in this many first lines: where letters and notes have their header."""
+
+_LETTERS = r"A-Za-zÀ-ÖØ-öø-ÿ"
+_EMAIL = re.compile(
+    rf"(?<![\w.+-])[\w.+-]+(?:\s?(?:\(at\)|\[at\])\s?|@)[\w-]+(?:\.[\w-]+)*\.[{_LETTERS}]{{2,}}\b", re.IGNORECASE
+)
+_MAYBE_EMAIL = re.compile(r"@|[(\[]at[)\]]", re.IGNORECASE)
+_PHONE = re.compile(
+    r"""(?<![\w.,/-])(?:
+        (?:\b(?:tel(?:ephone)?|phone|fax|mobile|cell|hotline|helpline)\b\.?(?:\s+(?:number|no\.?))?[\s:]*)
+            \+?\(?\d[\d\s().–-]{5,18}\d
+      | \+\d{1,3}[\s.–-]?\(?\d{1,4}\)?(?:[\s.–-]?\d{2,4}){2,4}
+      | (?:1[\s.–-])?\(\d{3}\)[\s.–-]?\d{3}[\s.–-]\d{4}
+      | 1[–-](?:8\d\d)[–-][\dA-Z]{1,4}(?:[–-]?[\dA-Z]{1,7})+
+      | \d{3}[–-]\d{3}[–-]\d{4}
+    )(?![\w–-])""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_RECORD_NUMBER = re.compile(
+    r"""\b(?:
+        (?:MRN|medical\s+record\s+(?:number|no\.?|\#)|hospital\s+(?:number|no\.?)|patient\s+(?:id|number|no\.?)
+          |NHS\s+(?:number|no\.?)|SSN|social\s+security\s+(?:number|no\.?)|record\s+no\.?|case\s+record\s+no\.?)
+        \s*[:#=]?\s*(?:is\s+)?[A-Z]{0,3}-?\d[\d\s-]{3,14}\d
+      | (?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}
+    )\b""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_HEADER_NAME = re.compile(
+    r"""^(?P<label>[ ]*(?:(?:patient(?:'s)?\s+name|name\s+of\s+patient|patient|full\s+name|surname|name)[ ]*:[ ]*
+          |(?:referring|attending|treating)\s+(?:physician|doctor|consultant)[ ]*:[ ]*
+          |(?:re|dear)[ ]*:?[ ]+(?=(?:mr|mrs|ms|miss|dr|prof)\.?[ ])))
+        (?P<name>(?:(?:mr|mrs|ms|miss|dr|prof)\.?[ ]+)?(?-i:[A-ZÀ-Þ])[\w'’-]+(?:,?[ ]+(?-i:[A-ZÀ-Þ])[\w'’.-]*){0,3})""",
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
+
+
+def redact(text: str, kinds: Collection[str] = KINDS) -> tuple[str, Counter[str]]:
+    """The text with ``<email>``, ``<phone>``, ``<record_number>`` and ``<name>`` in place of what was found, counted."""
+    found: Counter[str] = Counter()
+    if "email" in kinds and _MAYBE_EMAIL.search(text):
+        text, found["email"] = _EMAIL.subn("<email>", text)
+    if "record_number" in kinds:
+        text, found["record_number"] = _RECORD_NUMBER.subn("<record_number>", text)
+    if "phone" in kinds:
+        text, found["phone"] = _PHONE.subn("<phone>", text)
+    if "name" in kinds:
+        lines = text.split("\n", HEADER_LINES)
+        header, found["name"] = _HEADER_NAME.subn(_without_name, "\n".join(lines[:HEADER_LINES]))
+        text = "\n".join([header, *lines[HEADER_LINES:]])
+    return text, +found
+
+
+def _without_name(match: re.Match[str]) -> str:
+    return f"{match['label']}<name>"

@@ -1,0 +1,219 @@
+"""A corpus recipe: the YAML file that says what is read, how it is cleaned, and where it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import glob
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_med.errors import ConfigError
+
+KINDS = ("s2orc", "s2ag_abstracts", "abstracts", "pubmed_xml", "guidelines", "redpajama")
+
+
+@dataclass
+class Source:
+    """One source. Where two sources hold the same document, that of the source named first stays."""
+
+    kind: Literal["s2orc", "s2ag_abstracts", "abstracts", "pubmed_xml", "guidelines", "redpajama"]
+    """What the records look like: see megatron_med/corpus/kinds.py."""
+    input: list[str]
+    """Files, or patterns of files; plain, .gz or .zst."""
+    license: str
+    """Of the documents that carry none of their own."""
+    catalogue: list[str] = field(default_factory=list)
+    """s2orc, s2ag_abstracts: files of the Semantic Scholar "papers" data set, for title and PubMed ids."""
+    valid: float = 0.0
+    """Share of documents that are held out for validation."""
+    share: float = 1.0
+    """Share of documents that are taken at all, drawn by the hash of their id."""
+
+
+@dataclass
+class Questions:
+    """A benchmark that no document may repeat."""
+
+    path: str
+    """JSONL, or JSON with a list or an object of records."""
+    fields: list[str]
+    """Fields whose text is sought: the question, long answers. Texts below a field are taken too."""
+
+
+@dataclass
+class Quality:
+    """What is removed."""
+
+    language: str | None = "en"
+    """Language that is kept (ISO 639-1); null keeps all."""
+    language_characters: int = 2000
+    """It is told from this many first characters."""
+    near_duplicates: bool = True
+    """MinHash: 5-grams of words, 14 buckets of 8 hashes, which finds texts alike to 0.75 and more."""
+    n_grams: int = 10
+    """Decontamination: words in a row that a document and a question may not share."""
+    questions: dict[str, Questions] = field(default_factory=dict)
+    """Benchmarks by name."""
+    personal_data: dict[str, Literal["redact", "drop", "keep"]] = field(
+        default_factory=lambda: {"email": "redact", "phone": "redact", "record_number": "drop", "name": "redact"}
+    )
+    """What to do with a document that holds an e-mail address, a telephone or record number, a name in its header."""
+
+
+@dataclass
+class Execution:
+    """Where the work is done."""
+
+    kind: Literal["local", "slurm", "ray"] = "local"
+    """datatrove's executors."""
+    workers: int = 2
+    """Tasks at once."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """slurm, ray: options of datatrove's executor, such as partition, time, mem_per_cpu_gb."""
+
+
+@dataclass
+class Tokenization:
+    """Token files for training, one for each source and split."""
+
+    tokenizer: str
+    """As tools/preprocess_data.py takes it."""
+    tokens: list[str] = field(default_factory=lambda: ["gap_replay"])
+    """Sets of tokens added behind the vocabulary: gap_replay, chatml."""
+    append_eod: bool = True
+    """End each document with the end-of-document id."""
+
+
+@dataclass
+class CorpusRecipe:
+    """All of it."""
+
+    output: str
+    """Folder of the corpus, its manifest and its token files."""
+    sources: dict[str, Source]
+    """By name, in order of precedence."""
+    seed: int = 1234
+    """Of splits, shares and MinHash."""
+    bad_records: Literal["fail", "skip"] = "fail"
+    """A record that cannot be read stops the build, or is left out and counted."""
+    quality: Quality = field(default_factory=Quality)
+    """What is removed."""
+    tokenization: Tokenization | None = None
+    """Token files; null writes text only."""
+    execution: Execution = field(default_factory=Execution)
+    """Where the work is done."""
+
+    def inputs(self, source: str) -> list[Path]:
+        """Files of a source, sorted."""
+        return _files(self.sources[source].input)
+
+    def catalogue_inputs(self) -> list[Path]:
+        """Files of all catalogues, each once, sorted."""
+        return _files([pattern for source in self.sources.values() for pattern in source.catalogue])
+
+
+def load_recipe(path: Path) -> CorpusRecipe:
+    """Reads and checks a recipe. Relative paths stand as the shell would read them, from the working folder.
+
+    Raises:
+        ConfigError: with every fault.
+    """
+    if not path.is_file():
+        raise ConfigError(f"There is no recipe {path}. Give the path of a YAML file.")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}. Mend that line.") from error
+    faults: list[str] = []
+    recipe = _read(CorpusRecipe, tree, "", faults)
+    if not faults:
+        faults = _broken_rules(recipe)
+    if faults:
+        raise ConfigError(faults)
+    return typing.cast(CorpusRecipe, recipe)
+
+
+def _broken_rules(recipe: CorpusRecipe) -> list[str]:
+    faults = []
+    if not recipe.sources:
+        faults.append("sources is empty: name at least one source.")
+    for name, source in recipe.sources.items():
+        where = f"sources.{name}"
+        if not name.replace("_", "").isalnum():
+            faults.append(f"{where}: a name may hold letters, digits and underscores.")
+        if not recipe.inputs(name):
+            faults.append(f"{where}.input: no file matches {', '.join(source.input)}. Check the path.")
+        faults += [
+            f"{where}.catalogue: no file matches {pattern}. Check the path."
+            for pattern in source.catalogue
+            if not _files([pattern])
+        ]
+        if not 0 <= source.valid < 1:
+            faults.append(f"{where}.valid is {source.valid}: a share of at least 0 and below 1 is needed.")
+        if not 0 < source.share <= 1:
+            faults.append(f"{where}.share is {source.share}: a share above 0 and at most 1 is needed.")
+    for name, questions in recipe.quality.questions.items():
+        if not Path(questions.path).is_file():
+            faults.append(f"quality.questions.{name}.path: there is no {questions.path}.")
+    if recipe.quality.n_grams < 5:
+        faults.append(f"quality.n_grams is {recipe.quality.n_grams}: fewer than 5 words would match anywhere.")
+    if recipe.execution.workers < 1:
+        faults.append(f"execution.workers is {recipe.execution.workers}: at least 1 is needed.")
+    return faults
+
+
+def _files(patterns: list[str]) -> list[Path]:
+    return sorted({Path(name) for pattern in patterns for name in glob.glob(pattern) if Path(name).is_file()})
+
+
+def _read(hint: Any, value: Any, where: str, faults: list[str]) -> Any:
+    """``value`` as the type ``hint`` says; what is wrong is added to ``faults``."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in inner:
+            faults.append(f"{where} is {value!r}: one of {', '.join(map(str, inner))} is needed.")
+        return value
+    if type(None) in inner:
+        return None if value is None else _read(inner[0], value, where, faults)
+    if dataclasses.is_dataclass(hint):
+        return _read_section(typing.cast(type, hint), value, where, faults)
+    if origin is dict:
+        if not isinstance(value, dict):
+            faults.append(f"{where} is {value!r}: names with values are needed.")
+            return {}
+        return {str(key): _read(inner[1], item, f"{where}.{key}", faults) for key, item in value.items()}
+    if origin is list:
+        items = value if isinstance(value, list) else [value]
+        return [_read(inner[0], item, f"{where}[{number}]", faults) for number, item in enumerate(items)]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is not Any and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
+        faults.append(f"{where} is {value!r}: {hint.__name__} is needed.")
+    return value
+
+
+def _read_section(cls: type, value: Any, where: str, faults: list[str]) -> Any:
+    if not isinstance(value, dict):
+        faults.append(f"{where or 'the recipe'} is {value!r}: keys with values are needed.")
+        return None
+    hints = typing.get_type_hints(cls)
+    prefix = f"{where}." if where else ""
+    for key in value:
+        if key not in hints:
+            close = difflib.get_close_matches(str(key), hints, n=1)
+            faults.append(f"{prefix}{key} is not an option" + (f"; did you mean {close[0]}?" if close else "."))
+    given = {name: _read(hints[name], value[name], f"{prefix}{name}", faults) for name in hints if name in value}
+    missing = [
+        item.name
+        for item in dataclasses.fields(cls)
+        if item.name not in given
+        and item.default is dataclasses.MISSING
+        and item.default_factory is dataclasses.MISSING
+    ]
+    faults += [f"{prefix}{name} is missing." for name in missing]
+    return None if missing else cls(**given)

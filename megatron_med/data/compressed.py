@@ -1,0 +1,81 @@
+"""Opens plain, gzip and Zstandard files as bytes. A file that is cut short is an error, never a silent end."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from megatron_med.errors import DataError
+
+_CHUNK = 1 << 18
+
+
+class _ZstandardReader(io.RawIOBase):
+    """Frames one after the other; raises EOFError where the last one is not whole."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._started = False
+        self._pending = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        while not self._pending:
+            chunk = self._raw.read(_CHUNK)
+            if not chunk:
+                if self._started:
+                    raise EOFError("the last Zstandard frame is not whole")
+                return 0
+            self._pending = memoryview(self._decompress(chunk))
+        count = min(len(buffer), len(self._pending))
+        buffer[:count] = self._pending[:count]
+        self._pending = self._pending[count:]
+        return count
+
+    def _decompress(self, chunk: bytes) -> bytes:
+        parts = []
+        while chunk:
+            parts.append(self._frame.decompress(chunk))
+            self._started = not self._frame.eof
+            chunk = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+        return b"".join(parts)
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+@contextmanager
+def open_input(path: Path) -> Iterator[BinaryIO]:
+    """A file as bytes, decompressed where its name ends in ``.gz`` or ``.zst``.
+
+    Raises:
+        DataError: inside the ``with`` block too: the file is cut short or is not of the kind its name says.
+    """
+    try:
+        with path.open("rb") as raw, _decompressed(path, raw) as stream:
+            yield stream
+    except EOFError as error:
+        raise DataError(f"{path} is cut short ({error}): fetch or write it again.") from error
+    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(f"{path} is damaged, or not what its name says ({error}): fetch or write it again.") from error
+
+
+def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if path.suffix == ".zst":
+        return io.BufferedReader(_ZstandardReader(raw), _CHUNK)  # type: ignore[arg-type, return-value]
+    return raw
