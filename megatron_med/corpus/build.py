@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from datatrove.pipeline.decont.n_grams import NGramsDecontConfig, NGramsDecontFilter
 from datatrove.pipeline.dedup import MinhashDedupBuckets, MinhashDedupSignature
 
 from megatron_med.corpus import manifest
@@ -30,7 +29,7 @@ from megatron_med.corpus.blocks import (
     text_writer,
 )
 from megatron_med.corpus.catalogue import CatalogueEntry, write_catalogue
-from megatron_med.corpus.contamination import write_index
+from megatron_med.corpus.contamination import QuestionFilter, write_index
 from megatron_med.corpus.duplicates import KeyWriter, Words, find_key_duplicates, find_near_duplicates, minhash_config
 from megatron_med.corpus.executors import Stage, run_stages
 from megatron_med.corpus.recipe import CorpusRecipe
@@ -186,14 +185,10 @@ class Build:
         find_near_duplicates(pairs, len(self.shards), self.work / "near")
 
     def _index_questions(self, _data: Any, _rank: int, _world_size: int) -> None:
-        counts = {}
-        for name, questions in self.recipe.quality.questions.items():
-            total, short = write_index(name, questions, self._contamination(), self.work / "questions")
-            counts[name] = {"questions": total, "too_short_to_be_found": short}
+        quality = self.recipe.quality
+        folder = self.work / "questions"
+        counts = {name: write_index(name, item, quality.n_grams, folder) for name, item in quality.questions.items()}
         (self.work / "questions.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
-
-    def _contamination(self) -> NGramsDecontConfig:
-        return NGramsDecontConfig(n_grams=self.recipe.quality.n_grams)
 
     def _finish(self) -> list[Any]:
         removed = self.work / "removed"
@@ -204,9 +199,7 @@ class Build:
         if self.recipe.quality.near_duplicates:
             steps.append(NearDuplicates(self.work / "near", self.shards, RemovedWriter(removed / "near")))
         if self.recipe.quality.questions:
-            writer = RemovedWriter(removed / "contaminated")
-            index = str(self.work / "questions")
-            steps.append(NGramsDecontFilter(index, self._contamination(), writer, language=Words()))
+            steps.append(QuestionFilter(self.work / "questions", RemovedWriter(removed / "contaminated")))
         shares = {name: source.valid for name, source in self.recipe.sources.items()}
         steps.append(Split(self.recipe.seed, shares))
         steps.append(text_writer(self.root, "${source}-${split}/${rank}.jsonl"))

@@ -1,17 +1,20 @@
-"""Decontamination: the n-grams of benchmark questions, for datatrove's n-gram filter."""
+"""Decontamination: finds documents that repeat questions of a benchmark, by the words they share in a row.
+
+datatrove has such a filter; it reads its benchmarks through another framework, writes every number as 0 (so that any
+table of numbers repeats any other), and cannot say which question was found.
+"""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from datatrove.pipeline.decont.n_grams import NGramsDecontConfig
-from datatrove.utils.hashing import create_hash_func
-from datatrove.utils.text import ngrams, simplify_text
+from datatrove.data import Document
+from datatrove.pipeline.filters.base_filter import BaseFilter
+from datatrove.pipeline.writers.disk_base import DiskWriter
+from datatrove.utils.text import TextNormConfig, simplify_text
 
 from megatron_med.corpus.records import read_records
 from megatron_med.corpus.recipe import Questions
@@ -19,6 +22,11 @@ from megatron_med.errors import DataError
 
 BOILERPLATE = 3
 """An n-gram that this many questions of a benchmark share is phrasing ("which of the following is the most ...")."""
+
+SHORTEST = 8
+"""A question of fewer words is not sought."""
+
+_NORMALIZATION = TextNormConfig(norm_numbers=False, norm_weekdays=False, norm_monthnames=False)
 
 
 def read_questions(questions: Questions) -> Iterator[list[str]]:
@@ -61,20 +69,85 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def write_index(name: str, questions: Questions, config: NGramsDecontConfig, folder: Path) -> tuple[int, int]:
-    """Writes the hashes that datatrove's filter reads; returns the number of questions and of those too short."""
-    hash_of = create_hash_func(config.hash_config)
-    counts: Counter[int] = Counter()
-    total = short = 0
-    for texts in read_questions(questions):
+def simplified_words(text: str) -> list[str]:
+    """Words in lower case without punctuation and accents; numbers stay, they tell one case history from another."""
+    return simplify_text(text, _NORMALIZATION).split()
+
+
+def _grams(words: list[str], length: int) -> Iterator[tuple[str, int]]:
+    return ((" ".join(words[start : start + length]), start) for start in range(len(words) - length + 1))
+
+
+def _is_prose(gram: str) -> bool:
+    words = gram.split()
+    return 2 * sum(word.isalpha() for word in words) >= len(words)
+
+
+def write_index(name: str, questions: Questions, n_grams: int, folder: Path) -> dict[str, int]:
+    """Writes what ``QuestionFilter`` looks for in one benchmark.
+
+    A question of at least ``n_grams`` words is found by any ``n_grams`` of them in a row; a shorter one, of at least
+    ``SHORTEST`` words, as a whole; one that is shorter still is not sought, because chance would find it.
+
+    Returns:
+        Numbers of questions, and of those too short to be found.
+    """
+    long_of: dict[str, set[int]] = {}
+    whole: dict[str, int] = {}
+    short = total = 0
+    for number, texts in enumerate(read_questions(questions)):
         total += 1
-        hashes: set[int] = set()
-        for text in texts:
-            words = simplify_text(text, config.norm_config).split()
-            hashes.update(hash_of(" ".join(gram)) for gram in ngrams(words, config.n_grams))
-        short += not hashes
-        counts.update(hashes)
-    kept = sorted(value for value, count in counts.items() if count < BOILERPLATE)
+        sought = False
+        for words in map(simplified_words, texts):
+            if SHORTEST <= len(words) < n_grams:
+                whole.setdefault(" ".join(words), number)
+            for gram, _ in _grams(words, n_grams):
+                if _is_prose(gram):
+                    long_of.setdefault(gram, set()).add(number)
+            sought = sought or len(words) >= SHORTEST
+        short += not sought
+    grams = {gram: min(numbers) for gram, numbers in sorted(long_of.items()) if len(numbers) < BOILERPLATE}
     folder.mkdir(parents=True, exist_ok=True)
-    np.array(kept, dtype=config.hash_config.np_descr).tofile(folder / f"{name}.index.hashes")
-    return total, short
+    index = {"benchmark": name, "n_grams": n_grams, "grams": grams, "whole": whole}
+    (folder / f"{name}.json").write_text(json.dumps(index), encoding="utf-8")
+    return {"questions": total, "too_short_to_be_found": short}
+
+
+class QuestionFilter(BaseFilter):
+    """Drops documents that repeat a benchmark question, and tells which one and in what words.
+
+    Args:
+        folder: of ``write_index``.
+    """
+
+    name = "contamination"
+
+    def __init__(self, folder: Path, exclusion_writer: DiskWriter | None = None) -> None:
+        super().__init__(exclusion_writer)
+        self.folder = folder
+        self._sought: dict[int, dict[str, tuple[str, int, str]]] = {}
+
+    def _load(self) -> None:
+        """By length, the first words of what is sought: benchmark, question, all of its words."""
+        for file in sorted(self.folder.glob("*.json")):
+            index = json.loads(file.read_text(encoding="utf-8"))
+            name = index["benchmark"]
+            for gram, number in index["grams"].items():
+                self._sought.setdefault(index["n_grams"], {}).setdefault(gram, (name, number, gram))
+            for text, number in index["whole"].items():
+                start = " ".join(text.split()[:SHORTEST])
+                self._sought.setdefault(SHORTEST, {}).setdefault(start, (name, number, text))
+
+    def filter(self, doc: Document) -> bool | tuple[bool, str]:
+        if not self._sought:
+            self._load()
+        words = simplified_words(doc.text)
+        for length, sought in self._sought.items():
+            for gram, start in _grams(words, length):
+                if gram in sought:
+                    benchmark, number, text = sought[gram]
+                    if length == SHORTEST and " ".join(words[start : start + len(text.split())]) != text:
+                        continue
+                    doc.metadata["contamination"] = {"benchmark": benchmark, "question": number, "words": text}
+                    return False, f"contaminated: {benchmark}"
+        return True

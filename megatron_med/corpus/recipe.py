@@ -55,8 +55,8 @@ class Quality:
     """It is told from this many first characters."""
     near_duplicates: bool = True
     """MinHash: 5-grams of words, 14 buckets of 8 hashes, which finds texts alike to 0.75 and more."""
-    n_grams: int = 10
-    """Decontamination: words in a row that a document and a question may not share."""
+    n_grams: int = 13
+    """Decontamination: words in a row that a document and a question may not share (Brown et al. 2020)."""
     questions: dict[str, Questions] = field(default_factory=dict)
     """Benchmarks by name."""
     personal_data: dict[str, Literal["redact", "drop", "keep"]] = field(
@@ -160,8 +160,8 @@ def _broken_rules(recipe: CorpusRecipe) -> list[str]:
     for name, questions in recipe.quality.questions.items():
         if not Path(questions.path).is_file():
             faults.append(f"quality.questions.{name}.path: there is no {questions.path}.")
-    if recipe.quality.n_grams < 5:
-        faults.append(f"quality.n_grams is {recipe.quality.n_grams}: fewer than 5 words would match anywhere.")
+    if recipe.quality.n_grams < 8:
+        faults.append(f"quality.n_grams is {recipe.quality.n_grams}: fewer than 8 words match by chance.")
     if recipe.execution.workers < 1:
         faults.append(f"execution.workers is {recipe.execution.workers}: at least 1 is needed.")
     return faults
