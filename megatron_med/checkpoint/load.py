@@ -18,6 +18,7 @@ from megatron_med.errors import CheckpointError
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.collectives import gather_objects
 from megatron_med.parallel.context import ParallelContext
+from megatron_med.tokenizer import describe_difference
 
 _FREE_FIELDS = {
     "preset",
@@ -85,15 +86,10 @@ def check_tokenizer(state: CheckpointState, tokenizer: dict[str, Any] | None, fo
     """Refuses a checkpoint that was trained with another vocabulary."""
     if state.tokenizer is None or tokenizer is None:
         return
-    stored, given = state.tokenizer, tokenizer
-    if stored["vocab_size"] != given["vocab_size"]:
+    difference = describe_difference(state.tokenizer, tokenizer)
+    if difference:
         raise CheckpointError(
-            f"The checkpoint {folder} was made with a vocabulary of {stored['vocab_size']}, the data with one of "
-            f"{given['vocab_size']}. Tokenize the data with the tokenizer in {folder / folders.TOKENIZER}."
-        )
-    if stored["fingerprint"] != given["fingerprint"]:
-        raise CheckpointError(
-            f"The checkpoint {folder} was made with another tokenizer than the data: they give different ids. "
+            f"The checkpoint {folder} was made with another tokenizer than the data ({difference}). "
             f"Tokenize the data with the tokenizer in {folder / folders.TOKENIZER}."
         )
 

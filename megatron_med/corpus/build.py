@@ -213,9 +213,7 @@ class Build:
         manifest.write_manifest(self.root, describe(self))
 
     def _pieces(self) -> list[tuple[str, str, int]]:
-        return [
-            (shard.split("/")[0], split, number) for number, shard in enumerate(self.shards) for split in SPLITS
-        ]
+        return [(shard.split("/")[0], split, number) for number, shard in enumerate(self.shards) for split in SPLITS]
 
     def _tokenize(self) -> list[Stage]:
         if self.recipe.tokenization is None:

@@ -59,7 +59,8 @@ def write_catalogue(path: Path, entries: Iterable[CatalogueEntry]) -> int:
     try:
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;")
         connection.execute(
-            "CREATE TABLE papers (corpusid INTEGER PRIMARY KEY, pmid TEXT, pmcid TEXT, title TEXT, year INT, license TEXT)"
+            "CREATE TABLE papers "
+            "(corpusid INTEGER PRIMARY KEY, pmid TEXT, pmcid TEXT, title TEXT, year INT, license TEXT)"
         )
         connection.executemany("INSERT OR IGNORE INTO papers VALUES (?, ?, ?, ?, ?, ?)", map(astuple, entries))
         count: int = connection.execute("SELECT count(*) FROM papers").fetchone()[0]

@@ -16,8 +16,8 @@ from datatrove.pipeline.filters.base_filter import BaseFilter
 from datatrove.pipeline.writers.disk_base import DiskWriter
 from datatrove.utils.text import TextNormConfig, simplify_text
 
-from megatron_med.corpus.records import read_records
 from megatron_med.corpus.recipe import Questions
+from megatron_med.corpus.records import read_records
 from megatron_med.errors import DataError
 
 BOILERPLATE = 3

@@ -15,6 +15,7 @@ from megatron_med.corpus.records import Fault, fail, read_records, text_field
 from megatron_med.corpus.s2orc import format_paper
 from megatron_med.corpus.text import escape_special_tokens, normalize_whitespace, remove_urls
 from megatron_med.data.compressed import open_input
+from megatron_med.errors import DataError
 
 NO_TEXT = "no text"
 NOT_IN_PUBMED = "not in PubMed or PMC"
@@ -79,9 +80,7 @@ def abstracts(record: dict[str, Any], place: str, catalogue: Catalogue | None) -
     number = text_field(record, "corpusid", place, required=False)
     title, text = text_field(record, "title", place), text_field(record, "text", place)
     document = _abstract(f"pubmed:{pmid}", title, text, _keys(number, pmid, pmcid))
-    document.metadata |= {
-        name: record[name] for name in ("license", "year", "journal") if record.get(name) is not None
-    }
+    document.metadata |= {name: record[name] for name in ("license", "year", "journal") if record.get(name) is not None}
     return document
 
 

@@ -96,7 +96,7 @@ def verify_manifest(root: Path) -> int:
     Raises:
         DataError: with every shard that is missing, changed, or not in the manifest.
     """
-    shards = [shard for shard in read_manifest(root)["shards"]]
+    shards = list(read_manifest(root)["shards"])
     faults = list(_differences(root, shards))
     if faults:
         raise DataError(faults)

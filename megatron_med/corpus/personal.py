@@ -51,7 +51,7 @@ _HEADER_NAME = re.compile(
 
 
 def redact(text: str, kinds: Collection[str] = KINDS) -> tuple[str, Counter[str]]:
-    """The text with ``<email>``, ``<phone>``, ``<record_number>`` and ``<name>`` in place of what was found, counted."""
+    """The text with ``<email>``, ``<phone>``, ``<record_number>``, ``<name>`` for what was found, counted."""
     found: Counter[str] = Counter()
     if "email" in kinds and _MAYBE_EMAIL.search(text):
         text, found["email"] = _EMAIL.subn("<email>", text)

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -148,7 +149,7 @@ class Paper:
         borders = np.flatnonzero(np.diff(marks)) + 1
         begin = self.body_start()
         edges = [begin, *borders[borders > begin].tolist(), len(marks)] if len(marks) else []
-        for start, end in zip(edges, edges[1:], strict=False):
+        for start, end in pairwise(edges):
             kind, span = spans[marks[start]]
             yield _Run(kind, start, self.text[start:end], span)
 

@@ -7,7 +7,9 @@ import unicodedata
 
 from megatron_med.tokenizer.special import CORPUS_TOKENS
 
-_URL = re.compile(r"(?:\b(?:https?|ftp)://|\bwww\.(?=\w))[^\s<>\[\]()\"'|]*(?:\([^\s()]*\)[^\s<>\[\]()\"'|]*)*", re.IGNORECASE)
+_URL = re.compile(
+    r"(?:\b(?:https?|ftp)://|\bwww\.(?=\w))[^\s<>\[\]()\"'|]*(?:\([^\s()]*\)[^\s<>\[\]()\"'|]*)*", re.IGNORECASE
+)
 _TRAILING = ".,;:!?"
 _EMPTY_BRACKETS = re.compile(r"[(\[]\s*(?:(?:available\s+)?(?:at|from|see|via)\s*:?\s*)?[)\]]", re.IGNORECASE)
 _DANGLING = re.compile(r"\s*[,;:]\s*\)")

@@ -14,7 +14,7 @@ from megatron_med.data.blend import BlendedDataset
 from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.errors import DataError
-from megatron_med.tokenizer import Tokenizer, load_tokenizer
+from megatron_med.tokenizer import Tokenizer, describe_difference, load_tokenizer
 
 
 def side_file(prefix: str | Path) -> Path:
@@ -91,10 +91,11 @@ def find_tokenizer(sources: Sequence[DataSource], override: str | None, vocab_si
         tokenizer = tokenizer or recorded_tokenizer(source.path)
         assert tokenizer is not None, "a side file names a tokenizer"
         theirs, ours = recorded["tokenizer"], tokenizer.describe()
-        if theirs["vocab_size"] != ours["vocab_size"] or theirs["fingerprint"] != ours["fingerprint"]:
+        difference = describe_difference(theirs, ours)
+        if difference:
             raise DataError(
-                f"{source.path} was made with another tokenizer ({theirs['paths'][0]}, {theirs['vocab_size']} pieces) "
-                f"than the run uses ({tokenizer.files[0]}, {ours['vocab_size']} pieces). Tokenize all corpora with one."
+                f"{source.path} was made with another tokenizer ({theirs['paths'][0]}) than the run uses "
+                f"({tokenizer.files[0]}): {difference}. Tokenize all corpora with one."
             )
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
         raise DataError(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ _PROBE = (
     "Tokenizers differ: 37.5 °C, HbA1c 8.1 %, β-blockers (metoprolol 50 mg/d) \u2013 acetylcholinesterase, Crohn's;\n"
     "  immunohistochemistry of adenocarcinoma; pharmacokinetics, electroencephalography; COVID-19 RT-PCR was negative."
 )
+ADDED_TOKENS = "added_tokens.json"
+"""File beside a SentencePiece model that names the tokens behind its vocabulary, as Hugging Face has it."""
+
 _END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
@@ -28,12 +32,14 @@ class Tokenizer(ABC):
     Attributes:
         files: what it was loaded from, first the file that says its kind.
         vocab_size: ids are below this.
+        added_tokens: special tokens behind the vocabulary, in the order of their ids.
         eod_id: end-of-document id, None where the vocabulary has none.
         bos_id: begin-of-sequence id, None where the vocabulary has none.
     """
 
     files: list[Path]
     vocab_size: int
+    added_tokens: tuple[str, ...] = ()
     eod_id: int | None
     bos_id: int | None
 
@@ -49,6 +55,37 @@ class Tokenizer(ABC):
         """Ids of several texts."""
         return [self.encode(text) for text in texts]
 
+    def encode_markup_batch(self, texts: Sequence[str], tokens: Collection[str]) -> list[list[int]]:
+        """Ids of texts that a formatter wrote: of the added tokens, ``tokens`` are read as such, the rest is text.
+
+        Raises:
+            DataError: a token is not one of the added ones.
+        """
+        known = {token: self.vocab_size - len(self.added_tokens) + i for i, token in enumerate(self.added_tokens)}
+        unknown = [token for token in tokens if token not in known]
+        if unknown:
+            raise DataError(
+                f"{self.files[0]} has no token {', '.join(unknown)}: add it with tools/extend_tokenizer.py."
+            )
+        pattern = re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
+        parts = [pattern.split(text) for text in texts]
+        first = iter(self.encode_batch([pieces[0] for pieces in parts]))
+        rest = iter(self._encode_continuations([piece for pieces in parts for piece in pieces[2::2]]))
+        encoded = []
+        for pieces in parts:
+            ids = next(first)
+            for token in pieces[1::2]:
+                ids = [*ids, known[token], *next(rest)]
+            encoded.append(ids)
+        return encoded
+
+    def _encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of texts that follow a token: without the space that some vocabularies put in front of a text."""
+        guard = self.encode("\n")
+        if self.encode("\nx")[len(guard) :] == self.encode("x"):
+            return self.encode_batch(texts)
+        return [ids[len(guard) :] for ids in self.encode_batch([f"\n{text}" for text in texts])]
+
     def file_hashes(self) -> dict[str, str]:
         """sha256 of every file, by name."""
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in self.files}
@@ -59,6 +96,7 @@ class Tokenizer(ABC):
         return {
             "vocab_size": self.vocab_size,
             "eod_id": self.eod_id,
+            "added_tokens": list(self.added_tokens),
             "fingerprint": hashlib.sha256(probe).hexdigest()[:16],
             "files": self.file_hashes(),
         }
@@ -90,7 +128,9 @@ class SentencePieceTokenizer(Tokenizer):
                 "a tokenizer.json or vocab.json,merges.txt."
             ) from error
         self.files = [model]
-        self.vocab_size = self._processor.vocab_size()
+        self._pieces = self._processor.vocab_size()
+        self.added_tokens = _read_added_tokens(model.parent / ADDED_TOKENS, self._pieces)
+        self.vocab_size = self._pieces + len(self.added_tokens)
         eos, bos = self._processor.eos_id(), self._processor.bos_id()
         self.eod_id = eos if eos >= 0 else None
         self.bos_id = bos if bos >= 0 else None
@@ -102,7 +142,14 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(list(texts), num_threads=1)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._processor.decode([int(token) for token in ids])
+        numbers = [int(token) for token in ids]
+        starts = [place for place, token in enumerate(numbers) if token >= self._pieces]
+        text = self._processor.decode(numbers[: starts[0]] if starts else numbers)
+        guard = self._processor.encode("\n")
+        for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+            text += self.added_tokens[numbers[start] - self._pieces]
+            text += self._processor.decode([*guard, *numbers[start + 1 : end]])[1:]
+        return text
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -114,6 +161,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.files = files
         vocabulary = backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
+        self.added_tokens = _added_behind(backend)
         config = _read_json(files[0].parent / "tokenizer_config.json")
         self.eod_id = _named_token(config, "eos_token", vocabulary)
         self.bos_id = _named_token(config, "bos_token", vocabulary)
@@ -130,6 +178,30 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def save_with(self, tokens: Sequence[str], folder: Path) -> None:
+        """Writes ``tokenizer.json`` and its configuration with tokens behind the vocabulary."""
+        folder.mkdir(parents=True, exist_ok=True)
+        extended = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        extended.add_special_tokens(list(tokens))
+        extended.save(str(folder / "tokenizer.json"))
+        for file in self.files:
+            if file.name == "tokenizer_config.json":
+                shutil.copyfile(file, folder / file.name)
+
+
+def describe_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
+    """How two tokenizers differ, from what ``Tokenizer.describe`` says of them; None where they give equal ids."""
+    tokens = [list(described.get("added_tokens", [])) for described in (first, second)]
+    places = range(min(map(len, tokens)))
+    if first["vocab_size"] != second["vocab_size"]:
+        return f"{first['vocab_size']} pieces against {second['vocab_size']}"
+    for place in places:
+        if tokens[0][place] != tokens[1][place]:
+            return f"added token {place} is {tokens[0][place]} against {tokens[1][place]}"
+    if first["fingerprint"] != second["fingerprint"]:
+        return "they give different ids to the same text"
+    return None
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -203,11 +275,30 @@ def _byte_level_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
 def _with_companions(tokenizer: Tokenizer) -> Tokenizer:
     """Adds the files beside a tokenizer that belong to it."""
     folder = tokenizer.files[0].parent
-    names = ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+    names = ["tokenizer_config.json", "special_tokens_map.json", ADDED_TOKENS]
     if tokenizer.files[0].name == "tokenizer.json":
         names += ["tokenizer.model", "vocab.json", "merges.txt"]
     tokenizer.files += [folder / name for name in names if (folder / name).is_file()]
     return tokenizer
+
+
+def _read_added_tokens(file: Path, pieces: int) -> tuple[str, ...]:
+    """Tokens of an ``added_tokens.json`` in the order of their ids, which follow the vocabulary without a gap."""
+    ids: dict[str, Any] = _read_json(file)
+    tokens = sorted(ids, key=lambda token: ids[token])
+    if [ids[token] for token in tokens] != list(range(pieces, pieces + len(tokens))):
+        raise DataError(
+            f"{file}: the ids {sorted(ids.values())} do not follow the vocabulary of {pieces} pieces one by one. "
+            "Write it again with tools/extend_tokenizer.py."
+        )
+    return tuple(tokens)
+
+
+def _added_behind(backend: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """Added tokens of a ``tokenizer.json`` that stand behind its vocabulary, which may hold others itself."""
+    pieces = backend.get_vocab_size(with_added_tokens=False)
+    added = backend.get_added_tokens_decoder()
+    return tuple(added[number].content for number in sorted(added) if number >= pieces)
 
 
 def _named_token(config: dict[str, Any], key: str, vocabulary: dict[str, int]) -> int | None:

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from megatron_med.config import ModelConfig, model_from_dict
 from megatron_med.errors import CheckpointError, TargetExistsError, refuse_existing
 from megatron_med.model.build import DTYPES
 from megatron_med.parallel.context import single_process_context
-from megatron_med.tokenizer import Tokenizer, load_tokenizer
+from megatron_med.tokenizer import Tokenizer, describe_difference, load_tokenizer
 from megatron_med.tokenizer.load import has_tokenizer
 
 _HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -40,22 +40,23 @@ def import_huggingface(
     Args:
         source: folder with config.json and safetensors.
         target: checkpoint folder; gets ``step-00000000`` and ``latest``.
-        tokenizer: used instead of the folder's own.
+        tokenizer: used instead of the folder's own. Tokens that it adds behind the model's vocabulary get new rows.
         verify: compare the logits of both models first, and refuse where they differ.
         overwrite: replace what is in ``target``.
 
     Returns:
         The step folder.
     """
-    config = from_huggingface(read_config(source))
+    theirs = from_huggingface(read_config(source))
     _refuse_overlap(source, target)
     refuse_existing(target, overwrite)
-    loaded = _tokenizer_of(source, tokenizer, config)
+    loaded = _tokenizer_of(source, tokenizer, theirs)
+    config = replace(theirs, vocab_size=max(theirs.vocab_size, loaded.vocab_size if loaded else 0))
     final = folders.step_folder(target, 0)
     created = not target.exists()
     partial = folders.begin(final)
     try:
-        precision = _write_weights(source, partial, config)
+        precision = _write_weights(source, partial, config, theirs.vocab_size)
         state = CheckpointState(
             model=asdict(config),
             tokenizer=loaded.describe() if loaded else None,
@@ -65,7 +66,7 @@ def import_huggingface(
         if loaded is not None:
             loaded.copy_to(partial / folders.TOKENIZER)
         if verify:
-            verify_logits(source, partial, config, loaded)
+            verify_logits(source, partial, config, loaded, compared=theirs.vocab_size)
         if overwrite:
             _clear(target, keep=partial)
         folders.commit(final, folders.describe_files(partial, folders.file_names(partial)))
@@ -75,12 +76,15 @@ def import_huggingface(
     return final
 
 
-def _write_weights(source: Path, partial: Path, config: ModelConfig) -> str:
-    """Streams all tensors into a checkpoint folder, in the types they have; returns the name of their precision."""
+def _write_weights(source: Path, partial: Path, config: ModelConfig, rows: int) -> str:
+    """Streams all tensors into a checkpoint folder, in the types they have; returns the name of their precision.
+
+    ``rows`` is the size of the source's vocabulary; the rows of tokens behind it are made here.
+    """
     with open_tensors(source) as files:
         maps = list(tensor_maps(config))
         for tensor_map in maps:
-            _check_shapes(tensor_map, [files.shape(name) for name in tensor_map.theirs], config)
+            _check_shapes(tensor_map, [files.shape(name) for name in tensor_map.theirs], rows)
         specs = {m.layout.name: (m.layout.global_shape, files.dtype(m.theirs[0])) for m in maps}
         make = {m.layout.name: (lambda m=m: m.to_ours(files.read)) for m in maps}
         write_streaming(partial, specs, make)
@@ -108,6 +112,8 @@ def export_huggingface(
     torch_dtype = DTYPES[dtype or state.run.get("precision", "fp32")]
     stored_tokenizer = step / folders.TOKENIZER
     loaded = load_tokenizer(stored_tokenizer) if stored_tokenizer.is_dir() else None
+    if loaded is not None:
+        _check_stored(state, loaded, stored_tokenizer)
 
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -141,7 +147,7 @@ def _tokenizer_of(source: Path, override: str | None, config: ModelConfig) -> To
     if override is None and not has_tokenizer(source):
         return None
     loaded = load_tokenizer(override or source)
-    if loaded.vocab_size > config.vocab_size:
+    if loaded.vocab_size - len(loaded.added_tokens) > config.vocab_size:
         raise CheckpointError(
             f"The tokenizer {loaded.files[0]} has {loaded.vocab_size} pieces, the model {config.vocab_size}: "
             "they do not belong together. Give the right one with --tokenizer."
@@ -149,12 +155,20 @@ def _tokenizer_of(source: Path, override: str | None, config: ModelConfig) -> To
     return loaded
 
 
-def _check_shapes(tensor_map: TensorMap, shapes: list[tuple[int, ...]], config: ModelConfig) -> None:
+def _check_stored(state: CheckpointState, loaded: Tokenizer, folder: Path) -> None:
+    difference = describe_difference(state.tokenizer, loaded.describe()) if state.tokenizer else None
+    if difference:
+        raise CheckpointError(
+            f"{folder} is not the tokenizer that the model was trained with ({difference}): restore its files."
+        )
+
+
+def _check_shapes(tensor_map: TensorMap, shapes: list[tuple[int, ...]], rows: int) -> None:
     name, shape = tensor_map.theirs[0], shapes[0]
     if tensor_map.entry.vocabulary:
-        if shape[0] != config.vocab_size:
+        if shape[0] != rows:
             raise CheckpointError(
-                f"{name} has {shape[0]} rows, config.json a vocab_size of {config.vocab_size}: the folder's files do "
+                f"{name} has {shape[0]} rows, config.json a vocab_size of {rows}: the folder's files do "
                 "not belong together."
             )
         return

@@ -12,6 +12,7 @@ from megatron_med.config import ModelConfig
 from megatron_med.model.build import build_stage
 from megatron_med.parallel.context import single_process_context
 from megatron_med.parallel.parameters import ParameterLayout, parameters_with_layout
+from megatron_med.parallel.random import generator_of
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,9 @@ class Entry:
     transposed: bool = False
     vocabulary: bool = False
 
+
+NEW_ROW_NOISE = 0.01
+"""Noise of new vocabulary rows, in standard deviations of the old ones."""
 
 _LLAMA_LAYER = "model.layers.{i}."
 _GPT2_LAYER = "transformer.h.{i}."
@@ -97,6 +101,7 @@ class TensorMap:
         pieces = [read(name) for name in self.theirs]
         rows = torch.cat([piece.t() if self.entry.transposed else piece for piece in pieces])
         if self.entry.vocabulary:
+            rows = torch.cat([rows, new_rows(rows, self.vocab_size - rows.shape[0], self.entry.ours)])
             rows = torch.cat([rows, rows.new_zeros(self.layout.global_shape[0] - rows.shape[0], *rows.shape[1:])])
         if self.entry.parts:
             rows = torch.empty_like(rows).index_copy_(0, self._order(), rows)
@@ -119,6 +124,18 @@ class TensorMap:
     def _order(self) -> Tensor:
         """Our rows in the order in which Hugging Face's come."""
         return torch.cat([self.layout.parts[part] for part in self.entry.parts])
+
+
+def new_rows(rows: Tensor, count: int, name: str) -> Tensor:
+    """Rows ``[count, hidden]`` for tokens that a pretrained model has not seen.
+
+    Each is the mean of the old rows and a hundredth of their standard deviation, column by column, as seeded noise
+    (Hewitt 2021, "Initializing new word embeddings for pretrained language models"): a new token begins as an average
+    word, and no two are the same. The padding below the vocabulary is made elsewhere and stays zero.
+    """
+    old = rows.float()
+    noise = torch.randn(count, rows.shape[1], generator=generator_of("new vocabulary rows", name))
+    return (old.mean(0) + NEW_ROW_NOISE * old.std(0) * noise).to(rows.dtype)
 
 
 def tensor_maps(config: ModelConfig) -> Iterator[TensorMap]:
