@@ -57,6 +57,11 @@ class _ZstandardReader(io.RawIOBase):
         super().close()
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether a file's name says that it is compressed."""
+    return path.suffix in (".gz", ".zst")
+
+
 @contextmanager
 def open_input(path: Path) -> Iterator[BinaryIO]:
     """A file as bytes, decompressed where its name ends in ``.gz`` or ``.zst``.

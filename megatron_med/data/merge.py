@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_med.data.indexed import IndexedDataset, IndexedDatasetWriter
+from megatron_med.data.indexed import IndexedDataset
+from megatron_med.data.indexed_writer import IndexedDatasetWriter
 from megatron_med.data.sources import read_side_file, recorded_tokenizer, side_file, write_side_file
 from megatron_med.errors import DataError, refuse_existing
 

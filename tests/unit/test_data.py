@@ -17,7 +17,8 @@ from megatron_med.data import index as index_module
 from megatron_med.data.blend import BlendedDataset
 from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.index import build_blending_index, build_sample_index, integer_weights
-from megatron_med.data.indexed import IndexedDataset, IndexedDatasetWriter, smallest_dtype
+from megatron_med.data.indexed import IndexedDataset, smallest_dtype
+from megatron_med.data.indexed_writer import IndexedDatasetWriter
 from megatron_med.data.sampler import micro_batch_places
 from megatron_med.errors import DataError
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_med.data.indexed import IndexedDatasetWriter
+from megatron_med.data.indexed_writer import IndexedDatasetWriter
 from megatron_med.errors import run_command
 
 GRIDS = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (2, 2)}
