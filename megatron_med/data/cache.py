@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,19 @@ def _warn(folder: Path, error: OSError) -> None:
 
 
 def _read(entry: Path) -> Arrays | None:
-    """The arrays of an entry; None where it is absent or damaged."""
+    """The arrays of an entry; None where it is absent or damaged.
+
+    A file of the size and time of its writing is not hashed: starting costs the same for any size.
+    """
     try:
-        checksums = json.loads((entry / "manifest.json").read_text())["sha256"]
-        for name, checksum in checksums.items():
-            if _sha256(entry / f"{name}.npy") != checksum:
+        files = json.loads((entry / "manifest.json").read_text())["files"]
+        for name, described in files.items():
+            path = entry / f"{name}.npy"
+            if _stamp(path) != described["stamp"] and _sha256(path) != described["sha256"]:
                 _log.warning("The index cache entry %s is damaged and is built again.", entry)
                 return None
-        return {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in checksums}
-    except (OSError, ValueError, KeyError):
+        return {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in files}
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -98,13 +102,40 @@ def _write(entry: Path, arrays: Arrays, ingredients: Mapping[str, Any]) -> None:
         partial.mkdir()
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
-        checksums = {name: _sha256(partial / f"{name}.npy") for name in arrays}
-        manifest = {"ingredients": dict(ingredients), "sha256": checksums}
+        paths = {name: partial / f"{name}.npy" for name in arrays}
+        files = {name: {"sha256": _sha256(path), "stamp": _stamp(path)} for name, path in paths.items()}
+        manifest = {"ingredients": dict(ingredients), "files": files}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
         shutil.rmtree(entry, ignore_errors=True)
         os.replace(partial, entry)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def remembered(folder: Path, files: Sequence[Path], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What ``make`` found out from files, kept in the cache as long as they have the same size and time."""
+    stamps = {str(path.resolve()): _stamp(path) for path in files}
+    key = hashlib.sha256(json.dumps(stamps, sort_keys=True).encode()).hexdigest()[:32]
+    entry = folder / f"{key}.facts.json"
+    try:
+        facts: dict[str, Any] = json.loads(entry.read_text())["facts"]
+        return facts
+    except (OSError, ValueError, KeyError, TypeError):
+        facts = make()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = entry.with_name(f"{entry.name}.{os.getpid()}.partial")
+        partial.write_text(json.dumps({"files": stamps, "facts": facts}))
+        os.replace(partial, entry)
+    except OSError as error:
+        _warn(folder, error)
+    return facts
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size and time of the last change, in nanoseconds."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def _sha256(path: Path) -> str:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_med.data.cache import Arrays, cached_arrays
-from megatron_med.data.index import build_document_order, build_sample_index, build_shuffle
+from megatron_med.data.cache import Arrays, cached_arrays, remembered
+from megatron_med.data.index import build_sample_index, shuffled_range
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.errors import DataError
 
@@ -41,12 +42,13 @@ class PackedDataset:
         self.sequence_length = sequence_length
         self.seed = seed
         self._cache = cache
-        self.fingerprint = _fingerprint(data)
+        facts = remembered(cache, [data.idx_path, data.bin_path], lambda: _facts(data))
+        self.fingerprint: str = facts["fingerprint"]
         self._epochs: dict[int, Arrays] = {}
-        self.samples_per_epoch = (data.token_count - 1) // sequence_length if data.token_count else 0
+        self.samples_per_epoch = (facts["tokens"] - 1) // sequence_length if facts["tokens"] else 0
         if self.samples_per_epoch < 1:
             raise DataError(
-                f"{data.bin_path} has {data.token_count} tokens: one sample of data.sequence_length = "
+                f"{data.bin_path} has {facts['tokens']} tokens: one sample of data.sequence_length = "
                 f"{sequence_length} needs {sequence_length + 1}. Add text or shorten the samples."
             )
 
@@ -74,7 +76,7 @@ class PackedDataset:
             while len(self._epochs) >= _CACHED_EPOCHS:
                 self._epochs.pop(next(iter(self._epochs)))
             ingredients = {
-                "kind": "packed samples, version 1",
+                "kind": "packed samples, version 2",
                 "data": self.fingerprint,
                 "sequence_length": self.sequence_length,
                 "seed": self.seed,
@@ -85,9 +87,13 @@ class PackedDataset:
 
     def _build(self, epoch: int) -> Arrays:
         rng = epoch_generator(self.seed, epoch)
-        documents = build_document_order(len(self.data), rng)
+        documents = shuffled_range(len(self.data), rng)
         samples = build_sample_index(self.data.sizes, documents, self.sequence_length)
-        return {"documents": documents, "samples": samples, "shuffle": build_shuffle(len(samples) - 1, rng)}
+        return {"documents": documents, "samples": samples, "shuffle": shuffled_range(len(samples) - 1, rng)}
+
+
+def _facts(data: IndexedDataset) -> dict[str, Any]:
+    return {"fingerprint": _fingerprint(data), "tokens": data.token_count}
 
 
 def _fingerprint(data: IndexedDataset) -> str:

@@ -15,7 +15,9 @@ except ImportError:
     _native = None
 
 Int64Array = npt.NDArray[np.int64]
+Order = npt.NDArray[np.uint32] | npt.NDArray[np.int64]
 
+_LARGEST_NATIVE_SHUFFLE = 2**32
 _LARGEST_WEIGHT_SUM = 2**62
 _log = logging.getLogger(__name__)
 _announced: set[str] = set()
@@ -32,21 +34,24 @@ def native_builder() -> Any:
     return _native
 
 
-def build_document_order(documents: int, rng: np.random.RandomState) -> Int64Array:
-    """A shuffled order of all documents, as Megatron's one-epoch document index."""
-    order = np.arange(documents, dtype=np.int64)
+def shuffled_range(count: int, rng: np.random.RandomState) -> Order:
+    """0 to ``count`` - 1 in the order of ``rng.shuffle``, which is Megatron's order of documents and of samples.
+
+    Returns:
+        uint32, or int64 from 2^32 on.
+    """
+    native = native_builder() if count <= _LARGEST_NATIVE_SHUFFLE else None
+    if native is not None:
+        kind, key, position, *rest = rng.get_state()
+        order, key, position = native.shuffled_range(count, key, position)
+        rng.set_state((kind, key, position, *rest))
+        return order
+    order = np.arange(count, dtype=np.uint32 if count <= _LARGEST_NATIVE_SHUFFLE else np.int64)
     rng.shuffle(order)
     return order
 
 
-def build_shuffle(samples: int, rng: np.random.RandomState) -> Int64Array:
-    """A shuffled order of all samples, as Megatron's one-epoch shuffle index."""
-    order = np.arange(samples, dtype=np.int64)
-    rng.shuffle(order)
-    return order
-
-
-def build_sample_index(sizes: npt.NDArray[np.int32], document_order: Int64Array, sequence_length: int) -> Int64Array:
+def build_sample_index(sizes: npt.NDArray[np.int32], document_order: Order, sequence_length: int) -> Int64Array:
     """Where each sample begins: ``[samples + 1, 2]``, (position in document_order, token offset).
 
     A sample is ``sequence_length`` tokens and the one behind them, which the next sample begins with. The last

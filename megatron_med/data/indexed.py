@@ -74,7 +74,7 @@ class IndexedDataset:
         self._offsets = raw[start : start + 8 * sequences].view(np.int64)
         self.document_borders: npt.NDArray[np.int64] = raw[start + 8 * sequences :].view(np.int64)
         self._check_bin()
-        self._tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype) if self.token_count else None
+        self._tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype) if self.bin_path.stat().st_size else None
 
     def _read_header(self) -> tuple[int, int, int]:
         with self.idx_path.open("rb") as file:
@@ -96,7 +96,7 @@ class IndexedDataset:
 
     def _check_bin(self) -> None:
         actual = self.bin_path.stat().st_size
-        end = int((self._offsets + self.sizes.astype(np.int64) * self.dtype.itemsize).max()) if len(self) else 0
+        end = int(self._offsets[-1]) + int(self.sizes[-1]) * self.dtype.itemsize if len(self) else 0
         if actual < end:
             raise DataError(
                 f"{self.bin_path} has {actual} bytes, its index needs {end}: the file is truncated. Write it again."
@@ -120,7 +120,10 @@ class IndexedDataset:
         if self._tokens is None:
             return np.empty(0, self.dtype)
         start = int(self._offsets[index]) // self.dtype.itemsize + offset
-        return self._tokens[start : start + length]
+        tokens = self._tokens[start : start + length]
+        if len(tokens) < length:
+            raise DataError(f"{self.bin_path} ends inside document {index}: the file is truncated. Write it again.")
+        return tokens
 
     def read_many(self, first: int, count: int) -> memoryview:
         """The bytes of ``count`` documents from ``first`` on, in order."""
