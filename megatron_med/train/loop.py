@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_med.checkpoint.folder import prune, step_folder, step_of
 from megatron_med.checkpoint.save import CheckpointSaver
+from megatron_med.data.prefetch import Prefetcher
 from megatron_med.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIGNAL
+from megatron_med.model.batch import MicroBatch
 from megatron_med.model.flops import training_flops_per_token
 from megatron_med.optim.lr_schedule import learning_rate
 from megatron_med.parallel.collectives import gather_objects
-from megatron_med.train.metrics import Metrics, make_reporters, memory_bytes, peak_flops
-from megatron_med.train.setup import Run
+from megatron_med.train.metrics import Metrics, Reporter, make_reporters, memory_bytes, peak_flops
+from megatron_med.train.setup import Progress, Run
 from megatron_med.train.signals import StopRequest
 from megatron_med.train.step import StepResult, train_step, validation_loss
 from megatron_med.train.timers import StepTimer
@@ -25,19 +28,42 @@ def train(run: Run, stop: StopRequest) -> tuple[int, str]:
         Exit code and reason.
     """
     config, progress, folder = run.config, run.progress, run.folder
-    reporters = []
+    start = replace(progress)
+    reporters: list[Reporter] = []
     if run.context.world.is_first:
         folder.cut_metrics(progress.step)
         reporters = make_reporters(config, folder.metrics, folder.tensorboard, progress.step)
     saver = make_saver(run)
+    with Prefetcher(lambda step: _read_step(run, start, step), config.train.steps) as prefetcher:
+        outcome = _steps(run, stop, prefetcher, saver, reporters)
+    saver.wait()
+    for reporter in reporters:
+        reporter.close()
+    return outcome
+
+
+def _read_step(run: Run, start: Progress, step: int) -> list[MicroBatch]:
+    """This rank's micro-batches of a step; which samples those are depends on its number alone."""
+    batch_size = run.config.train.global_batch_size
+    consumed = start.consumed_samples + (step - 1 - start.step) * batch_size
+    return run.train_data.load(consumed, batch_size, step)
+
+
+def _steps(
+    run: Run,
+    stop: StopRequest,
+    prefetcher: Prefetcher[list[MicroBatch]],
+    saver: CheckpointSaver,
+    reporters: list[Reporter],
+) -> tuple[int, str]:
+    config, progress = run.config, run.progress
     skipped_in_a_row = 0
     stall = 0.0
-    outcome = EXIT_DONE, f"trained to step {max(progress.step, config.train.steps)}"
     while progress.step < config.train.steps:
         timer = StepTimer(run.context.device)
         lr = learning_rate(config.lr_schedule, config.optimizer.lr, progress.step + 1, config.train.steps)
         with timer.phase("data"):
-            batches = run.train_data.load(progress.consumed_samples, config.train.global_batch_size, progress.step + 1)
+            batches = prefetcher.take(progress.step + 1)
         result = train_step(run.machinery, batches, lr, stop.asked or saver.has_failed, timer)
         progress.step += 1
         progress.consumed_samples += config.train.global_batch_size
@@ -51,19 +77,14 @@ def train(run: Run, stop: StopRequest) -> tuple[int, str]:
 
         skipped_in_a_row = skipped_in_a_row + 1 if result.bad else 0
         if skipped_in_a_row >= config.train.max_skipped_steps:
-            outcome = EXIT_FAILED, f"gradients were not finite for {skipped_in_a_row} steps: {_first_bad_gradient(run)}"
-            break
+            return EXIT_FAILED, f"gradients were not finite for {skipped_in_a_row} steps: {_first_bad_gradient(run)}"
         if result.stop_asked:
             saver.wait()  # raises on all ranks where one has failed to save
         if result.stop_asked or _due(run, config.checkpoint.interval):
             stall = _save(run, saver)
         if result.stop_asked and progress.step < config.train.steps:
-            outcome = EXIT_SAVED_AFTER_SIGNAL, f"saved step {progress.step} after a signal; start again to go on"
-            break
-    saver.wait()
-    for reporter in reporters:
-        reporter.close()
-    return outcome
+            return EXIT_SAVED_AFTER_SIGNAL, f"saved step {progress.step} after a signal; start again to go on"
+    return EXIT_DONE, f"trained to step {max(progress.step, config.train.steps)}"
 
 
 def _due(run: Run, interval: int) -> bool:

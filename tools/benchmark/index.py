@@ -27,7 +27,12 @@ from megatron_med.data.index import build_sample_index, shuffled_range
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.data.indexed_writer import IndexedDatasetWriter
 
-SOURCES = {"guidelines": (41e3, 107e6), "abstracts": (15.7e6, 5.48e9), "papers": (4.9e6, 40.7e9), "replay": (494e3, 420e6)}
+SOURCES = {
+    "guidelines": (41e3, 107e6),
+    "abstracts": (15.7e6, 5.48e9),
+    "papers": (4.9e6, 40.7e9),
+    "replay": (494e3, 420e6),
+}
 SPREAD = 0.6
 """Standard deviation of the logarithm of lengths within a source."""
 SEED = 1234
