@@ -48,6 +48,10 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command-line tool: a user's fault is one line each on standard error and exit code 2, no traceback."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_FAILED)
     except UserError as error:
         for fault in error.faults if os.environ.get("RANK", "0") == "0" else ():
             print(f"error: {fault}", file=sys.stderr)

@@ -1,28 +1,50 @@
-"""Shows what a token file holds: counts, lengths, the tokenizer, and single documents as text."""
+"""Shows what a token file holds: counts, lengths, the tokenizer, documents as text, packed samples piece by piece.
+
+    python tools/inspect_data.py PREFIX                                     counts
+    python tools/inspect_data.py PREFIX --document 7                        a document, special tokens in sight
+    python tools/inspect_data.py PREFIX --sample 0 --sequence-length 2048   what training packs into one sample
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 
 import numpy as np
 
+from megatron_med.data.cache import cache_folder
+from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.data.sources import read_side_file, recorded_tokenizer
-from megatron_med.errors import DataError, run_command
-from megatron_med.tokenizer import load_tokenizer
+from megatron_med.errors import ConfigError, DataError, run_command
+from megatron_med.tokenizer import Tokenizer, load_tokenizer
+
+_IDS_SHOWN = 64
+_EXCERPT = 160
+_REVERSED = "\x1b[7m{}\x1b[0m"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", help="PREFIX of .bin and .idx")
     parser.add_argument("--document", type=int, help="print this document's ids and text")
+    parser.add_argument("--sample", type=int, help="print the pieces of this sample of the first epoch and on")
+    parser.add_argument("--sequence-length", type=int, help="tokens of a sample")
+    parser.add_argument("--seed", type=int, default=1234, help="train.seed of the run (default 1234)")
     parser.add_argument("--tokenizer", help="for a prefix without a side file")
     arguments = parser.parse_args()
     data = IndexedDataset(arguments.prefix)
-    if arguments.document is None:
+    if arguments.document is None and arguments.sample is None:
         _print_summary(data)
-    else:
-        _print_document(data, arguments.document, arguments.tokenizer)
+        return
+    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else recorded_tokenizer(data.prefix)
+    if arguments.document is not None:
+        _print_document(data, arguments.document, tokenizer)
+    if arguments.sample is not None:
+        if not arguments.sequence_length:
+            raise ConfigError("--sample needs --sequence-length: how many tokens a sample has.")
+        _print_sample(data, arguments.sample, arguments.sequence_length, arguments.seed, tokenizer)
 
 
 def _print_summary(data: IndexedDataset) -> None:
@@ -38,19 +60,49 @@ def _print_summary(data: IndexedDataset) -> None:
     print(
         f"tokenizer: {tokenizer['paths'][0]}, {tokenizer['vocab_size']:,} pieces, end of document {tokenizer['eod_id']}"
     )
+    if tokenizer.get("added_tokens"):
+        print(f"added tokens: {' '.join(tokenizer['added_tokens'])}")
 
 
-def _print_document(data: IndexedDataset, document: int, override: str | None) -> None:
+def _print_document(data: IndexedDataset, document: int, tokenizer: Tokenizer | None) -> None:
     if not 0 <= document < len(data):
         raise DataError(f"--document is {document}: {data.prefix} has documents 0 to {len(data) - 1}.")
     ids = data.read(document)
     print(f"document {document}: {len(ids):,} tokens")
-    print(" ".join(map(str, ids[:64].tolist())) + (" ..." if len(ids) > 64 else ""))
-    tokenizer = load_tokenizer(override) if override else recorded_tokenizer(data.prefix)
+    print(" ".join(map(str, ids[:_IDS_SHOWN].tolist())) + (" ..." if len(ids) > _IDS_SHOWN else ""))
     if tokenizer is None:
         print("give --tokenizer to see the text")
     else:
-        print(tokenizer.decode(ids.tolist()))
+        print(tokenizer.decode_visibly(ids.tolist(), _mark()))
+
+
+def _print_sample(data: IndexedDataset, sample: int, length: int, seed: int, tokenizer: Tokenizer | None) -> None:
+    packed = PackedDataset(data, length, seed, cache_folder(None))
+    if sample < 0:
+        raise DataError(f"--sample is {sample}: samples are counted from 0.")
+    epoch, place = divmod(sample, packed.samples_per_epoch)
+    parts = packed.parts(sample)
+    print(
+        f"sample {sample} of {length} tokens: epoch {epoch}, place {place} of {packed.samples_per_epoch}, "
+        f"{len(parts)} documents or parts of documents (one token more is read as the last label)"
+    )
+    begin = 0
+    for document, start, ids in parts:
+        whole = len(data.read(document))
+        print(
+            f"tokens {begin} to {begin + len(ids) - 1}: document {document}, its tokens {start} to "
+            f"{start + len(ids) - 1} of {whole}"
+        )
+        if tokenizer is not None:
+            text = tokenizer.decode_visibly(ids.tolist(), _mark())
+            shown = text if len(text) <= 2 * _EXCERPT else f"{text[:_EXCERPT]} ... {text[-_EXCERPT:]}"
+            print("    " + shown.replace("\n", "\n    "))
+        begin += len(ids)
+
+
+def _mark() -> Callable[[str], str]:
+    """Special tokens are reversed on a terminal and «quoted» elsewhere."""
+    return (_REVERSED if sys.stdout.isatty() else "«{}»").format
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ from megatron_med.corpus.records import read_records
 from megatron_med.data.merge import merge_datasets
 from megatron_med.data.preprocess import PreprocessOptions, preprocess
 from megatron_med.errors import DataError
+from megatron_med.tokenizer import load_tokenizer
+from megatron_med.tokenizer.special import CORPUS_TOKENS, extend_tokenizer, tokens_of
 
 SPLITS = ("train", "valid")
 
@@ -219,9 +221,18 @@ class Build:
         if self.recipe.tokenization is None:
             return []
         return [
+            Stage("tokenizer", [self._extend_tokenizer], 1),
             Stage("tokenize", [self._tokenize_piece], len(self._pieces())),
             Stage("tokenize-join", [self._join_tokens], len(self.recipe.sources) * len(SPLITS)),
         ]
+
+    def _extend_tokenizer(self, _data: Any, _rank: int, _world_size: int) -> None:
+        settings = self.recipe.tokenization
+        assert settings is not None, "this stage is planned only where a tokenizer is named"
+        if settings.tokens:
+            extend_tokenizer(settings.tokenizer, tokens_of(settings.tokens), self.root / "tokenizer")
+        else:
+            load_tokenizer(settings.tokenizer).copy_to(self.root / "tokenizer")
 
     def _piece_prefix(self, name: str, split: str, number: int) -> Path:
         return self.work / "tokens" / f"{name}-{split}" / f"{number:05d}"
@@ -232,9 +243,15 @@ class Build:
         name, split, number = self._pieces()[rank]
         text = self.root / f"{name}-{split}" / f"{number:05d}.jsonl.zst"
         if text.exists():
-            prefix = self._piece_prefix(name, split, number)
-            options = PreprocessOptions([text], prefix, settings.tokenizer, append_eod=settings.append_eod)
-            preprocess(dataclasses.replace(options, tokens=settings.tokens, overwrite=True))
+            options = PreprocessOptions(
+                [text],
+                self._piece_prefix(name, split, number),
+                str(self.root / "tokenizer"),
+                append_eod=settings.append_eod,
+                markup=CORPUS_TOKENS if "gap_replay" in settings.tokens else (),
+                overwrite=True,
+            )
+            preprocess(options)
 
     def _join_tokens(self, _data: Any, rank: int, _world_size: int) -> None:
         name, split = [(name, split) for name in self.recipe.sources for split in SPLITS][rank]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron_med.errors import ConfigError
+from megatron_med.tokenizer.special import TOKEN_SETS
 
 KINDS = ("s2orc", "s2ag_abstracts", "abstracts", "pubmed_xml", "guidelines", "redpajama")
 
@@ -157,6 +158,10 @@ def _broken_rules(recipe: CorpusRecipe) -> list[str]:
             faults.append(f"{where}.valid is {source.valid}: a share of at least 0 and below 1 is needed.")
         if not 0 < source.share <= 1:
             faults.append(f"{where}.share is {source.share}: a share above 0 and at most 1 is needed.")
+    if recipe.tokenization is not None:
+        unknown = [name for name in recipe.tokenization.tokens if name not in TOKEN_SETS]
+        if unknown:
+            faults.append(f"tokenization.tokens: there is no set {', '.join(unknown)}: {', '.join(TOKEN_SETS)} exist.")
     for name, questions in recipe.quality.questions.items():
         if not Path(questions.path).is_file():
             faults.append(f"quality.questions.{name}.path: there is no {questions.path}.")

@@ -58,17 +58,21 @@ class PackedDataset:
 
     def pieces(self, index: int) -> list[npt.NDArray[np.integer]]:
         """The documents, or parts of documents, that a sample is packed from."""
+        return [ids for _, _, ids in self.parts(index)]
+
+    def parts(self, index: int) -> list[tuple[int, int, npt.NDArray[np.integer]]]:
+        """``pieces``, each with the number of its document and the token of it that the piece begins with."""
         epoch, place = divmod(index, self.samples_per_epoch)
         arrays = self._order(epoch)
         documents, samples = arrays["documents"], arrays["samples"]
         which = int(arrays["shuffle"][place])
         (first, first_offset), (last, last_offset) = samples[which].tolist(), samples[which + 1].tolist()
-        if first == last:
-            return [self.data.read(int(documents[first]), first_offset, last_offset - first_offset + 1)]
+        numbers = documents[first : last + 1].tolist()
+        starts = [first_offset] + [0] * (last - first)
+        lengths: list[int | None] = [None] * (last - first) + [last_offset + 1 - starts[-1]]
         return [
-            self.data.read(int(documents[first]), first_offset),
-            *(self.data.read(int(documents[place])) for place in range(first + 1, last)),
-            self.data.read(int(documents[last]), 0, last_offset + 1),
+            (number, start, self.data.read(number, start, length))
+            for number, start, length in zip(numbers, starts, lengths, strict=True)
         ]
 
     def _order(self, epoch: int) -> Arrays:

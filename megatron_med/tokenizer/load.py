@@ -7,7 +7,8 @@ import json
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,29 @@ class Tokenizer(ABC):
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
+
+    @abstractmethod
+    def special_tokens(self) -> dict[int, str]:
+        """Names of the ids that stand for no text of their own: control tokens and added ones."""
+
+    def decode_visibly(self, ids: Sequence[int], mark: Callable[[str], str] = "«{}»".format) -> str:
+        """Text of ids with the special tokens in sight, each through ``mark``: «[table]» is a token, [table] is text."""
+        names = self.special_tokens()
+        pieces: list[str] = []
+        run: list[int] = []
+        for token in map(int, ids):
+            if token in names:
+                pieces += [self._decode_continuation(run, first=not pieces), mark(names[token])]
+                run = []
+            else:
+                run.append(token)
+        return "".join([*pieces, self._decode_continuation(run, first=not pieces)])
+
+    def _decode_continuation(self, ids: Sequence[int], first: bool) -> str:
+        """Text of ids that stand behind a token, or at the beginning."""
+        guard = [] if first else self.encode("\n")
+        text = self.decode([*guard, *ids]) if ids else ""
+        return text[1:] if guard and ids else text
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
@@ -146,10 +170,14 @@ class SentencePieceTokenizer(Tokenizer):
         starts = [place for place, token in enumerate(numbers) if token >= self._pieces]
         text = self._processor.decode(numbers[: starts[0]] if starts else numbers)
         guard = self._processor.encode("\n")
-        for start, end in zip(starts, [*starts[1:], len(numbers)], strict=True):
+        for start, end in pairwise([*starts, len(numbers)] if starts else []):
             text += self.added_tokens[numbers[start] - self._pieces]
             text += self._processor.decode([*guard, *numbers[start + 1 : end]])[1:]
         return text
+
+    def special_tokens(self) -> dict[int, str]:
+        control = {i: self._processor.id_to_piece(i) for i in range(self._pieces) if self._processor.is_control(i)}
+        return control | {self._pieces + number: token for number, token in enumerate(self.added_tokens)}
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -178,6 +206,13 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
+
+    def special_tokens(self) -> dict[int, str]:
+        added = self._backend.get_added_tokens_decoder()
+        names = {number: token.content for number, token in added.items() if token.special}
+        if self.eod_id is not None:
+            names[self.eod_id] = self._backend.id_to_token(self.eod_id)
+        return names
 
     def save_with(self, tokens: Sequence[str], folder: Path) -> None:
         """Writes ``tokenizer.json`` and its configuration with tokens behind the vocabulary."""
