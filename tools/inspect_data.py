@@ -1,8 +1,8 @@
 """Shows what a token file holds: counts, lengths, the tokenizer, documents as text, packed samples piece by piece.
 
-    python tools/inspect_data.py PREFIX                                     counts
-    python tools/inspect_data.py PREFIX --document 7                        a document, special tokens in sight
-    python tools/inspect_data.py PREFIX --sample 0 --sequence-length 2048   what training packs into one sample
+python tools/inspect_data.py PREFIX                                     counts
+python tools/inspect_data.py PREFIX --document 7                        a document, special tokens in sight
+python tools/inspect_data.py PREFIX --sample 0 --sequence-length 2048   what training packs into one sample
 """
 
 from __future__ import annotations

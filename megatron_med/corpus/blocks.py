@@ -158,7 +158,7 @@ class PersonalDataGate(BaseFilter):
             self.stat_update(f"found_{kind}", value=count)
         drop = sorted(kind for kind in found if self.actions[kind] == "drop")
         if found:
-            self.stat_update("dropped_documents" if drop else "redacted_documents")
+            self.stat_update("redacted_documents", value=0 if drop else 1)
             doc.text = text
             doc.metadata["personal_data"] = dict(found)
         return (False, f"personal data: {', '.join(drop)}") if drop else True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -151,14 +152,11 @@ class Build:
     def _check_not_empty(self, name: str) -> None:
         if any((self.work / "extracted" / name).glob("*.jsonl.zst")):
             return
-        totals: dict[str, int] = {}
+        totals: Counter[str] = Counter()
         for number in range(len(self.inputs[name])):
-            for step, counters in manifest.read_statistics(self.logs / f"extract-{name}", number).items():
-                for key, value in counters.items():
-                    if key == "total" and step == "raw records":
-                        totals["read"] = totals.get("read", 0) + value
-                    elif key.startswith("dropped_"):
-                        totals[key.removeprefix("dropped_")] = totals.get(key.removeprefix("dropped_"), 0) + value
+            for step in manifest.read_steps(self.logs / f"extract-{name}", number):
+                totals.update({"read": step["before"]} if step["step"] == "raw records" else {})
+                totals.update(step["removed"])
         counts = ", ".join(f"{value:,} {key}" for key, value in totals.items()) or "0 read"
         raise DataError(
             f"sources.{name} yields no document ({counts}). Check its kind and its files, then remove "
@@ -269,32 +267,32 @@ class NearDuplicates(DropListed):
 
 
 def describe(build: Build) -> dict[str, Any]:
-    """The manifest's content: sources, what each step did to each shard, every file of the corpus."""
+    """The manifest's content: sources, what each step did to each raw file, every shard of the corpus."""
     recipe = build.recipe
-    sources = {}
-    for name, source in recipe.sources.items():
-        files = [{"file": str(path), "bytes": path.stat().st_size} for path in build.inputs[name]]
-        sources[name] = {"kind": source.kind, "license": source.license, "valid": source.valid, "files": files}
-    shards = []
+    inputs, shards = [], []
     for number, shard in enumerate(build.shards):
         name, raw = shard.split("/")
-        steps = manifest.read_statistics(build.logs / f"extract-{name}", int(raw))
-        finishing = manifest.read_statistics(build.logs / "finish", number)
-        finishing.pop("shards", None)
+        path = build.inputs[name][int(raw)]
+        logs = ((build.logs / f"extract-{name}", int(raw)), (build.logs / "finish", number))
+        steps = [step for folder, rank in logs for step in manifest.read_steps(folder, rank)]
+        inputs.append({"source": name, "file": str(path), "bytes": path.stat().st_size, "steps": steps})
         for split in SPLITS:
-            path = build.root / f"{name}-{split}" / f"{number:05d}.jsonl.zst"
-            if path.exists():
-                made_from = {"source": name, "split": split, "made_from": str(build.inputs[name][int(raw)])}
-                facts = manifest.describe_shard(path, build.root)
-                shards.append({**made_from, **facts, "steps": {**steps, **finishing}})
+            text = build.root / f"{name}-{split}" / f"{number:05d}.jsonl.zst"
+            if text.exists():
+                facts = manifest.describe_shard(text, build.root)
+                shards.append({"source": name, "split": split, "made_from": str(path), **facts, "steps": steps})
     questions = build.work / "questions.json"
-    digest = hashlib.sha256(json.dumps(build.fingerprint(), sort_keys=True).encode()).hexdigest()
+    plain = build.fingerprint()
     return {
         "version": 1,
         "code": manifest.code_version(),
-        "recipe_sha256": digest,
-        "recipe": build.fingerprint(),
-        "sources": sources,
+        "recipe_sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest(),
+        "recipe": plain,
+        "sources": {
+            name: {"kind": source.kind, "license": source.license, "valid": source.valid}
+            for name, source in recipe.sources.items()
+        },
         "questions": json.loads(questions.read_text(encoding="utf-8")) if questions.is_file() else {},
+        "inputs": inputs,
         "shards": shards,
     }

@@ -16,7 +16,8 @@ from megatron_med.corpus.records import read_records
 from megatron_med.errors import DataError
 
 FILE_NAME = "manifest.json"
-_READ = 1 << 20
+STEPS = ("raw records", "language", "personal data", "duplicates", "near duplicates", "contamination")
+"""Steps that a document may be removed by, in order."""
 
 
 def checksum(path: Path) -> str:
@@ -36,17 +37,23 @@ def code_version() -> str:
     return f"{version('megatron_med')} ({commit})"
 
 
-def read_statistics(logs: Path, rank: int) -> dict[str, dict[str, int]]:
-    """What datatrove counted in one task: ``{step: {counter: total}}``."""
+def read_steps(logs: Path, rank: int) -> list[dict[str, Any]]:
+    """What each step that reads or removes documents did in one task: before, after, removed by reason, found."""
     path = logs / "stats" / f"{rank:05d}.json"
-    steps = json.loads(path.read_text(encoding="utf-8"))
-    found: dict[str, dict[str, int]] = {}
-    for step in steps:
-        counters = step.get("stats", {})
-        name = step["name"].split(" - ")[-1].rpartition(": ")[2].strip()
-        totals = {key: value["total"] if isinstance(value, dict) else value for key, value in counters.items()}
-        found.setdefault(name, {}).update({key: int(value) for key, value in totals.items()})
-    return found
+    steps = []
+    for item in json.loads(path.read_text(encoding="utf-8")):
+        name = item["name"].rpartition(": ")[2].strip()
+        if name not in STEPS:
+            continue
+        counters = {
+            key: int(value["total"] if isinstance(value, dict) else value) for key, value in item["stats"].items()
+        }
+        removed = {key.removeprefix("dropped_"): n for key, n in counters.items() if key.startswith("dropped_")}
+        found = {key.removeprefix("found_"): n for key, n in counters.items() if key.startswith("found_")}
+        before, after = counters.get("total", 0), counters.get("forwarded", 0)
+        step = {"step": name, "before": before, "after": after, "removed": removed}
+        steps.append(step | ({"found": found} if found else {}))
+    return steps
 
 
 def describe_shard(path: Path, root: Path) -> dict[str, Any]:

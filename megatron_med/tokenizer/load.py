@@ -57,7 +57,7 @@ class Tokenizer(ABC):
         """Names of the ids that stand for no text of their own: control tokens and added ones."""
 
     def decode_visibly(self, ids: Sequence[int], mark: Callable[[str], str] = "«{}»".format) -> str:
-        """Text of ids with the special tokens in sight, each through ``mark``: «[table]» is a token, [table] is text."""
+        """Text of ids with the special tokens in sight, each through ``mark``: «[fig]» is a token, [fig] is text."""
         names = self.special_tokens()
         pieces: list[str] = []
         run: list[int] = []

@@ -145,7 +145,11 @@ def _resident_megabytes() -> float:
 def _below(pid: int) -> list[int]:
     found = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [item for child in task.read_text().split() for item in _below(int(child))]
+        try:
+            children = task.read_text().split()
+        except OSError:  # the thread has ended
+            continue
+        found += [item for child in children for item in _below(int(child))]
     return found
 
 

@@ -1,0 +1,241 @@
+"""The report as one HTML page: pictures are inside it, nothing is fetched from elsewhere."""
+
+from __future__ import annotations
+
+import html
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+
+from megatron_med.corpus.manifest import STEPS
+from megatron_med.corpus.report import TOP_WORDS, CorpusFacts, SourceFacts
+
+matplotlib.use("svg")
+from matplotlib.figure import Figure
+
+_COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f")
+_STYLE = """
+:root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; }
+body { max-width: 72rem; margin: 0 auto; padding: 1.5rem; color: #222; background: #fff; }
+h1 { font-size: 1.8rem; margin-bottom: 0.2rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: 0.92rem; }
+th, td { padding: 0.3rem 0.8rem; text-align: right; border-bottom: 1px solid #eee; }
+th:first-child, td:first-child { text-align: left; } th { background: #f6f6f4; }
+.wide { overflow-x: auto; } figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
+details { margin: 0.4rem 0; border: 1px solid #e4e4e0; border-radius: 4px; padding: 0.4rem 0.8rem; }
+summary { cursor: pointer; } pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: 0.6rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
+.note { color: #666; font-size: 0.9rem; } mark { background: #ffe08a; }
+"""
+
+
+def render(facts: CorpusFacts) -> str:
+    """The whole page."""
+    sources = facts.sources
+    read, kept = sum(s.read for s in sources.values()), sum(s.kept for s in sources.values())
+    sections = [
+        f"<h1>Corpus report: {html.escape(str(facts.root))}</h1>",
+        f"<p class='note'>{kept:,} of {read:,} documents kept, {facts.shards:,} shards, all as the manifest says. "
+        f"megatron_med {html.escape(facts.code)}</p>",
+        _section("Sources", _sources_table(sources), _figure(_fate_picture(sources), "What became of each document")),
+        _section("Lengths", _lengths_table(sources), _figure(_length_picture(sources), "Characters of a document")),
+        _section("Languages", _languages(sources)),
+        _section("Duplicates", _duplicates(facts)),
+        _section("Benchmark questions", _questions(facts)),
+        _section("Personal data", _personal_data(sources)),
+        _section("Licences", _licenses(sources)),
+        _section("Top words", _figure(_words_picture(sources), f"The {TOP_WORDS} most frequent words of each source")),
+        _section("Removed text", _examples(facts)),
+    ]
+    body = "\n".join(sections)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Corpus report</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
+        f"<body>\n{body}\n</body></html>\n"
+    )
+
+
+def _section(title: str, *parts: str) -> str:
+    return f'<section id="{title.lower().replace(" ", "-")}"><h2>{title}</h2>\n' + "\n".join(parts) + "</section>"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
+    lines = ("".join(f"<td>{_cell(value)}</td>" for value in row) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else html.escape(str(value))
+
+
+def _sources_table(sources: dict[str, SourceFacts]) -> str:
+    rows = []
+    for name, facts in sources.items():
+        counts = [sum(facts.removed[step].values()) for step in STEPS]
+        tokens = [facts.tokens.get(split, "") for split in ("train", "valid")]
+        rows.append([name, facts.read, *counts, facts.documents["train"], facts.documents["valid"], *tokens])
+    removed = [f"- {step}" if step != "raw records" else "- no text" for step in STEPS]
+    header = ["source", "read", *removed, "train", "valid", "train tokens", "valid tokens"]
+    return _table(header, rows)
+
+
+def _lengths_table(sources: dict[str, SourceFacts]) -> str:
+    shares = (0, 5, 50, 95, 100)
+    rows = [
+        [name, len(f.lengths), *(int(value) for value in np.percentile(f.lengths, shares))]
+        for name, f in sources.items()
+        if f.lengths
+    ]
+    return _table(["source", "documents looked at", "shortest", "5 %", "median", "95 %", "longest"], rows)
+
+
+def _languages(sources: dict[str, SourceFacts]) -> str:
+    found = {name: facts.languages() for name, facts in sources.items()}
+    names = sorted({language for counts in found.values() for language in counts} - {"kept"})
+    rows = [[name, *(counts.get(language, 0) for language in ("kept", *names))] for name, counts in found.items()]
+    return _table(["source", "kept", *names], rows)
+
+
+def _duplicates(facts: CorpusFacts) -> str:
+    names = list(facts.sources)
+    reasons = sorted(
+        {reason for s in facts.sources.values() for step in STEPS[3:5] for reason in s.removed[step] if reason}
+    )
+    if not reasons:
+        return "<p>None were found.</p>"
+    by_reason = [
+        [name, *(sum(source.removed[step][reason] for step in STEPS[3:5]) for reason in reasons)]
+        for name, source in facts.sources.items()
+    ]
+    kept_in = [[name, *(facts.duplicates[name, other] for other in names)] for name in names]
+    return (
+        _table(["removed from", *reasons], by_reason)
+        + "<p class='note'>In which source the document is that stayed:</p>"
+        + _table(["removed from", *names], kept_in)
+    )
+
+
+def _questions(facts: CorpusFacts) -> str:
+    if not facts.questions:
+        return "<p>No benchmark was named in the recipe.</p>"
+    rows = []
+    for name, counts in facts.questions.items():
+        hits = [s.removed["contamination"][f"contaminated: {name}"] for s in facts.sources.values()]
+        rows.append([name, counts["questions"], counts["too_short_to_be_found"], *hits])
+    return _table(["benchmark", "questions", "too short to be sought", *facts.sources], rows)
+
+
+def _personal_data(sources: dict[str, SourceFacts]) -> str:
+    kinds = sorted({kind for facts in sources.values() for kind in facts.found})
+    if not kinds:
+        return "<p>None was found.</p>"
+    rows = [
+        [name, *(facts.found[kind] for kind in kinds), sum(facts.removed["personal data"].values())]
+        for name, facts in sources.items()
+    ]
+    return _table(["source", *kinds, "documents dropped for it"], rows)
+
+
+def _licenses(sources: dict[str, SourceFacts]) -> str:
+    return _table(
+        ["source", "licence", "documents"],
+        [
+            [name, licence, count]
+            for name, facts in sources.items()
+            for licence, count in facts.licenses.most_common(12)
+        ],
+    )
+
+
+def _examples(facts: CorpusFacts) -> str:
+    parts = []
+    for item in facts.examples:
+        why = _why(item.metadata)
+        text = html.escape(item.text)
+        words = item.metadata.get("contamination", {}).get("words")
+        more = " ..." if item.length > len(item.text) else ""
+        summary = f"<b>{html.escape(item.source)}</b>: {html.escape(item.reason)} <code>{html.escape(item.id)}</code>"
+        note = f"<p>{html.escape(why)}{f' <mark>{html.escape(words)}</mark>' if words else ''}</p>" if why else ""
+        parts.append(
+            f"<details><summary>{summary}, {item.length:,} characters</summary>{note}<pre>{text}{more}</pre></details>"
+        )
+    return "\n".join(parts) or "<p>Nothing was removed.</p>"
+
+
+def _why(metadata: dict[str, Any]) -> str:
+    if "contamination" in metadata:
+        found = metadata["contamination"]
+        return f"Question {found['question']} of {found['benchmark']} has these words in a row:"
+    if "duplicate_of" in metadata:
+        return f"The document that stayed is in {metadata['duplicate_of']}."
+    if "personal_data" in metadata:
+        return "Found: " + ", ".join(f"{count} {kind}" for kind, count in metadata["personal_data"].items())
+    return ""
+
+
+def _figure(figure: Figure, caption: str) -> str:
+    """A picture as SVG within the page; the words in it stay text."""
+    target = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "corpus"}):
+        figure.savefig(target, format="svg", metadata={"Date": None})
+    drawing = target.getvalue()
+    return f"<figure>{drawing[drawing.index('<svg') :]}<figcaption class='note'>{caption}</figcaption></figure>"
+
+
+def _fate_picture(sources: dict[str, SourceFacts]) -> Figure:
+    """One bar a source: shares of documents kept and removed by each step."""
+    figure = Figure(figsize=(9, 1.2 + 0.45 * len(sources)), layout="constrained")
+    axes = figure.subplots()
+    names = list(sources)[::-1]
+    left = np.zeros(len(names))
+    parts = [("kept", [sources[name].kept for name in names])]
+    parts += [(f"- {step}", [sum(sources[name].removed[step].values()) for name in names]) for step in STEPS]
+    total = np.array([max(1, sources[name].read) for name in names])
+    for (label, counts), colour in zip(parts, _COLOURS, strict=True):
+        width = 100 * np.array(counts) / total
+        if width.any():
+            axes.barh(names, width, left=left, color=colour, label=label)
+        left += width
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("% of the documents read")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def _length_picture(sources: dict[str, SourceFacts]) -> Figure:
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots()
+    longest = max((max(facts.lengths) for facts in sources.values() if facts.lengths), default=10)
+    bins = np.geomspace(10, longest + 1, 60)
+    for (name, facts), colour in zip(sources.items(), _COLOURS * len(sources), strict=False):
+        if facts.lengths:
+            weights = np.full(len(facts.lengths), 100 / len(facts.lengths))
+            axes.hist(
+                facts.lengths, bins=bins, weights=weights, histtype="step", label=name, color=colour, linewidth=1.6
+            )
+    axes.set_xscale("log")
+    axes.set_xlabel("characters")
+    axes.set_ylabel("% of the source's documents")
+    axes.legend(frameon=False)
+    return figure
+
+
+def _words_picture(sources: dict[str, SourceFacts]) -> Figure:
+    columns = min(4, max(1, len(sources)))
+    rows = -(-len(sources) // columns)
+    figure = Figure(figsize=(2.9 * columns, 3.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for axes, (name, facts), colour in zip(grid.flat, sources.items(), _COLOURS * len(sources), strict=False):
+        top = facts.words.most_common(TOP_WORDS)[::-1]
+        axes.set_visible(True)
+        axes.barh([word for word, _ in top], [count for _, count in top], color=colour)
+        axes.set_title(name, fontsize=10)
+        axes.tick_params(labelsize=8)
+    return figure
