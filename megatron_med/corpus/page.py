@@ -17,6 +17,16 @@ matplotlib.use("svg")
 from matplotlib.figure import Figure
 
 _COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f")
+_REMOVED_BY = {
+    "raw records": "no text, not taken",
+    "language": "other language",
+    "personal data": "personal data",
+    "duplicates": "duplicate",
+    "near duplicates": "near duplicate",
+    "contamination": "benchmark question",
+}
+"""Names of the steps for a reader."""
+
 _STYLE = """
 :root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; }
 body { max-width: 72rem; margin: 0 auto; padding: 1.5rem; color: #222; background: #fff; }
@@ -26,7 +36,8 @@ th, td { padding: 0.3rem 0.8rem; text-align: right; border-bottom: 1px solid #ee
 th:first-child, td:first-child { text-align: left; } th { background: #f6f6f4; }
 .wide { overflow-x: auto; } figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
 details { margin: 0.4rem 0; border: 1px solid #e4e4e0; border-radius: 4px; padding: 0.4rem 0.8rem; }
-summary { cursor: pointer; } pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: 0.6rem; }
+summary { cursor: pointer; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: 0.6rem; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
 .note { color: #666; font-size: 0.9rem; } mark { background: #ffe08a; }
 """
@@ -79,8 +90,7 @@ def _sources_table(sources: dict[str, SourceFacts]) -> str:
         counts = [sum(facts.removed[step].values()) for step in STEPS]
         tokens = [facts.tokens.get(split, "") for split in ("train", "valid")]
         rows.append([name, facts.read, *counts, facts.documents["train"], facts.documents["valid"], *tokens])
-    removed = [f"- {step}" if step != "raw records" else "- no text" for step in STEPS]
-    header = ["source", "read", *removed, "train", "valid", "train tokens", "valid tokens"]
+    header = ["source", "read", *_REMOVED_BY.values(), "train", "valid", "train tokens", "valid tokens"]
     return _table(header, rows)
 
 
@@ -194,7 +204,7 @@ def _fate_picture(sources: dict[str, SourceFacts]) -> Figure:
     names = list(sources)[::-1]
     left = np.zeros(len(names))
     parts = [("kept", [sources[name].kept for name in names])]
-    parts += [(f"- {step}", [sum(sources[name].removed[step].values()) for name in names]) for step in STEPS]
+    parts += [(_REMOVED_BY[step], [sum(sources[name].removed[step].values()) for name in names]) for step in STEPS]
     total = np.array([max(1, sources[name].read) for name in names])
     for (label, counts), colour in zip(parts, _COLOURS, strict=True):
         width = 100 * np.array(counts) / total
