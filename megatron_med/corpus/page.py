@@ -226,7 +226,13 @@ def _length_picture(sources: dict[str, SourceFacts]) -> Figure:
         if facts.lengths:
             weights = np.full(len(facts.lengths), 100 / len(facts.lengths))
             axes.hist(
-                facts.lengths, bins=bins, weights=weights, histtype="step", label=name, color=colour, linewidth=1.6
+                facts.lengths,
+                bins=bins.tolist(),
+                weights=weights,
+                histtype="step",
+                label=name,
+                color=colour,
+                linewidth=1.6,
             )
     axes.set_xscale("log")
     axes.set_xlabel("characters")

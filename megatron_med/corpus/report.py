@@ -20,9 +20,14 @@ EXAMPLES = 3
 TOP_WORDS = 15
 
 _WORD = re.compile(r"[^\W\d_][\w'’-]{2,}")
-_STOP_WORDS = frozenset(
-    ["about", "above", "after", "again", "all", "also", "although", "among", "and", "any", "are", "because", "been", "before", "being", "below", "between", "both", "but", "can", "could", "did", "does", "doing", "down", "during", "each", "either", "first", "for", "from", "further", "had", "has", "have", "having", "here", "high", "his", "how", "however", "however", "into", "its", "itself", "less", "low", "may", "more", "most", "much", "not", "now", "off", "only", "other", "our", "out", "over", "own", "per", "same", "several", "she", "should", "since", "some", "such", "than", "that", "the", "their", "them", "then", "there", "these", "they", "this", "those", "three", "through", "thus", "too", "two", "under", "until", "use", "used", "using", "very", "was", "well", "were", "what", "when", "where", "whether", "which", "while", "who", "will", "with", "within", "without", "would", "you", "your", "one", "many", "might", "must", "her", "him", "fig_ref", "bib_ref"]
-)
+_STOP_WORDS = """
+about above after again all also although among and any are because been before being below between both but can
+could did does doing down during each either first for from further had has have having here high his how
+however however into its itself less low may more most much not now off only other our out over own per same
+several she should since some such than that the their them then there these they this those three through thus
+too two under until use used using very was well were what when where whether which while who will with within
+without would you your one many might must her him fig_ref bib_ref
+"""
 
 
 @dataclass
@@ -129,10 +134,11 @@ def _add_steps(facts: SourceFacts, steps: list[dict[str, Any]]) -> None:
 
 
 def _add_text(facts: SourceFacts, shard: Path) -> None:
+    stop_words = frozenset(_STOP_WORDS.split())
     for _, record in read_records(shard):
         facts.lengths.append(len(record["text"]))
         words = (word.lower() for word in _WORD.findall(record["text"][:20_000]))
-        facts.words.update(word for word in words if word not in _STOP_WORDS)
+        facts.words.update(word for word in words if word not in stop_words)
         if len(facts.lengths) >= SAMPLE:
             return
 

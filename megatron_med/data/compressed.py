@@ -82,5 +82,5 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if path.suffix == ".zst":
-        return io.BufferedReader(_ZstandardReader(raw), _CHUNK)  # type: ignore[arg-type, return-value]
+        return io.BufferedReader(_ZstandardReader(raw), _CHUNK)
     return raw

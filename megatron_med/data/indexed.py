@@ -125,17 +125,17 @@ class IndexedDataset:
             raise DataError(f"{self.bin_path} ends inside document {index}: the file is truncated. Write it again.")
         return tokens
 
-    def read_many(self, first: int, count: int) -> memoryview:
+    def read_many(self, first: int, count: int) -> npt.NDArray[np.uint8]:
         """The bytes of ``count`` documents from ``first`` on, in order."""
         offsets, sizes = self._offsets[first : first + count], self.sizes[first : first + count]
         lengths = sizes.astype(np.int64) * self.dtype.itemsize
         if self._tokens is None:
-            return memoryview(b"")
+            return np.empty(0, np.uint8)
         raw = self._tokens.view(np.uint8)
         if np.array_equal(offsets[1:], offsets[:-1] + lengths[:-1]):
-            return memoryview(raw[int(offsets[0]) : int(offsets[-1] + lengths[-1])])
+            return raw[int(offsets[0]) : int(offsets[-1] + lengths[-1])]
         pieces = [raw[start : start + length] for start, length in zip(offsets.tolist(), lengths.tolist(), strict=True)]
-        return memoryview(np.concatenate(pieces))
+        return np.concatenate(pieces)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raises DataError where the stored type cannot hold every id of the vocabulary."""

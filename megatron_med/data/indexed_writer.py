@@ -84,7 +84,7 @@ class IndexedDatasetWriter:
             raise DataError(f"ids from {ids.min()} to {ids.max()} do not fit into {self._dtype.name}.")
         self.add_documents(ids.astype(self._dtype).tobytes(), np.array([ids.size], np.int32))
 
-    def add_documents(self, tokens: bytes | memoryview, sizes: npt.NDArray[np.int32]) -> None:
+    def add_documents(self, tokens: bytes | npt.NDArray[np.uint8], sizes: npt.NDArray[np.int32]) -> None:
         """Appends documents whose ids are already bytes of the stored type.
 
         Args:

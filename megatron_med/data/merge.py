@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.data.indexed_writer import IndexedDatasetWriter
@@ -35,13 +36,13 @@ def merge_datasets(prefixes: Sequence[Path], output: Path, overwrite: bool = Fal
             writer.add_dataset(data)
     tokenizer = recorded_tokenizer(prefixes[0])
     if tokenizer is not None and first is not None:
-        counts = {"documents": writer.documents, "tokens": writer.tokens}
+        counts: dict[str, Any] = {"documents": writer.documents, "tokens": writer.tokens}
         for name in ("characters", "words"):
             parts = [side.get(name) if side else None for side in sides]
             if None not in parts:
                 counts[name] = sum(part for part in parts if part is not None)
-        same = {name: first[name] for name in ("append_eod", "markup") if name in first}
-        write_side_file(output, tokenizer, {**counts, **same})
+        same: dict[str, Any] = {name: first[name] for name in ("append_eod", "markup") if name in first}
+        write_side_file(output, tokenizer, counts | same)
     elif overwrite:
         side_file(output).unlink(missing_ok=True)
     return writer.documents, writer.tokens

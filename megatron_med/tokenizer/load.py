@@ -211,7 +211,7 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self._backend.get_added_tokens_decoder()
         names = {number: token.content for number, token in added.items() if token.special}
         if self.eod_id is not None:
-            names[self.eod_id] = self._backend.id_to_token(self.eod_id)
+            names[self.eod_id] = self._backend.id_to_token(self.eod_id) or ""
         return names
 
     def save_with(self, tokens: Sequence[str], folder: Path) -> None:
