@@ -91,7 +91,7 @@ class IndexedDatasetWriter:
             tokens: the ids of all of them.
             sizes: tokens of each.
         """
-        self._bin.write(tokens)
+        self._bin.write(tokens if isinstance(tokens, bytes) else tokens.data)
         self._sizes.write(sizes.astype("<i4").tobytes())
         self.documents += len(sizes)
         self.tokens += int(sizes.sum(dtype=np.int64))
