@@ -35,7 +35,7 @@ _LAYERS = (
 _READ = (*_LAYERS, "abstract", "paragraph", "bibtitle", "bibauthorlastname", "figurecaption")
 _LATEX_DOCUMENT = re.compile(r"\\documentclass.*?\\begin\{document\}(.*?)\\end\{document\}", re.DOTALL)
 _ACKNOWLEDGEMENT = re.compile(r"(?:\d[\d.]*\s+)?acknowledge?ments?\b[\s:.]*", re.IGNORECASE)
-_CITED = r"\[bib_ref\][^\[\]]*\[/bib_ref\]"
+_CITED = r"\[bib_ref\](?:(?!\[/?bib_ref\]).)*\[/bib_ref\]"
 _CITED_LIST = rf"{_CITED}(?:[\s,;–-]*{_CITED})*"
 
 
@@ -194,7 +194,7 @@ def _written(paper: Paper) -> Iterator[str]:
         elif at_figures:
             continue
         elif run.kind == "text":
-            yield run.text.replace("•", "- ")
+            yield _LATEX_DOCUMENT.sub(_formula_inside, run.text).replace("•", "- ")
         elif run.kind == "sectionheader":
             yield f"\n\n{_heading(run.text)}\n"
         elif run.kind == "formula":
@@ -236,7 +236,11 @@ def _figure(paper: Paper, span: dict[str, Any], shown: set[str]) -> str:
 def _plain_formula(text: str) -> str:
     """A formula without the LaTeX document that publishers wrap around it and without its plain-text twin."""
     found = _LATEX_DOCUMENT.search(text)
-    return " ".join((found.group(1) if found else text).replace("$$", " ").split())
+    return _formula_inside(found) if found else " ".join(text.split())
+
+
+def _formula_inside(match: re.Match[str]) -> str:
+    return " ".join(match.group(1).replace("$$", " ").split())
 
 
 def _first_words(text: str) -> str:
@@ -247,7 +251,8 @@ def _first_words(text: str) -> str:
 def _tidy(text: str) -> str:
     """Closes the holes that references leave: brackets around them, empty brackets, space before punctuation."""
     text = re.sub(r"[ \t]+", " ", text)
-    text = re.sub(rf"\[\s*({_CITED_LIST})\s*\]", r"\1", text)
+    text = re.sub(r"\[[\s,;–-]*(?=\[bib_ref\])", " ", text)
+    text = re.sub(r"(?<=\[/bib_ref\])[\s,;–-]*\]", "", text)
     text = re.sub(rf"\(\s*({_CITED_LIST})\s*\)", r"\1", text)
     text = re.sub(rf"({_CITED})\s*[,;–-]\s*(?=\[bib_ref\])", r"\1 ", text)
     text = re.sub(r"[(\[][\s,;.–-]*[)\]]", " ", text)
