@@ -51,7 +51,7 @@ def run_command(main: Callable[[], None]) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_FAILED)
+        sys.exit(EXIT_DONE)
     except UserError as error:
         for fault in error.faults if os.environ.get("RANK", "0") == "0" else ():
             print(f"error: {fault}", file=sys.stderr)

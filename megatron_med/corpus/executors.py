@@ -43,6 +43,7 @@ class LocalExecutor(LocalPipelineExecutor):
         if not ranks:
             return
         context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["megatron_med.corpus.build"])  # imported once, not by every worker
         with ProcessPoolExecutor(min(self.workers, len(ranks)), context) as pool:
             tasks = [pool.submit(_run_quietly, self, rank) for rank in ranks]
             done, waiting = wait(tasks, return_when=FIRST_EXCEPTION)

@@ -110,11 +110,11 @@ class CorpusRecipe:
     """Where the work is done."""
 
     def inputs(self, source: str) -> list[Path]:
-        """Files of a source, sorted."""
+        """Files of a source, in order: of two equal documents the first stays."""
         return _files(self.sources[source].input)
 
     def catalogue_inputs(self) -> list[Path]:
-        """Files of all catalogues, each once, sorted."""
+        """Files of all catalogues, each once."""
         return _files([pattern for source in self.sources.values() for pattern in source.catalogue])
 
 
@@ -173,7 +173,9 @@ def _broken_rules(recipe: CorpusRecipe) -> list[str]:
 
 
 def _files(patterns: list[str]) -> list[Path]:
-    return sorted({Path(name) for pattern in patterns for name in glob.glob(pattern) if Path(name).is_file()})
+    """In the order of the patterns, sorted within each; a file that two patterns match comes once."""
+    found = [Path(name) for pattern in patterns for name in sorted(glob.glob(pattern)) if Path(name).is_file()]
+    return list(dict.fromkeys(found))
 
 
 def _read(hint: Any, value: Any, where: str, faults: list[str]) -> Any:

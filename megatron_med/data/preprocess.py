@@ -257,6 +257,7 @@ def _encode_all(worker: _Worker, workers: int, tasks: Iterator[_Task]) -> Iterat
         yield from map(_encode_task, tasks)
         return
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_med.data.preprocess"])  # imported once, not by every worker
     waiting: deque[Future[_Encoded]] = deque()
     with ProcessPoolExecutor(workers, context, _start_worker, (worker,)) as pool:
         try:
