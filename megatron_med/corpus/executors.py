@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -17,7 +19,7 @@ from datatrove.executor.local import LocalPipelineExecutor
 from loguru import logger
 
 from megatron_med.corpus.recipe import Execution
-from megatron_med.errors import DataError
+from megatron_med.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,11 @@ def run_stages(stages: list[Stage], execution: Execution, logs: Path, report: Ca
         if todo == 0:
             report(f"{stage.name}: done before")
             continue
-        report(f"{stage.name}: {todo} of {stage.tasks} tasks")
-        executor.run()
+        report(f"{stage.name}: {todo} of {stage.tasks} tasks{' queued' if execution.kind == 'slurm' else ''}")
+        try:
+            executor.run()
+        except subprocess.CalledProcessError as error:
+            raise ConfigError(f"{error.cmd[0]} refused {stage.name}; its own words are above.") from error
         before = executor
 
 
@@ -89,10 +94,21 @@ def _executor(stage: Stage, execution: Execution, logs: Path, before: PipelineEx
     logger.remove()
     if execution.kind == "local":
         return LocalExecutor(stage.pipeline, stage.tasks, execution.workers, str(logs))
-    options = {"logging_dir": str(logs), "depends": before, "workers": execution.workers, **execution.options}
-    if execution.kind == "slurm":
+    options: dict[str, Any] = {"logging_dir": str(logs), "depends": before, "workers": execution.workers}
+    options |= execution.options
+    try:
+        return _cluster_executor(stage, execution.kind, options)
+    except TypeError as error:
+        raise ConfigError(f"execution.options: datatrove's {execution.kind} executor says: {error}.") from error
+    except ImportError as error:
+        raise ConfigError(f"execution.kind {execution.kind} needs {error.name}: pip install {error.name}.") from error
+
+
+def _cluster_executor(stage: Stage, kind: str, options: dict[str, Any]) -> PipelineExecutor:
+    if kind == "slurm":
         from datatrove.executor.slurm import SlurmPipelineExecutor
 
+        options.setdefault("env_command", f"export PATH={Path(sys.executable).parent}:$PATH")
         return SlurmPipelineExecutor(stage.pipeline, stage.tasks, job_name=f"corpus-{stage.name}", **options)
     from datatrove.executor.ray import RayPipelineExecutor
 

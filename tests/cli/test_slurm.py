@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.cli.local_slurm import Job, LocalSlurm, local_slurm, why_not
 from tests.cli.processes import python_path, read_metrics, wait_for_step
@@ -97,3 +99,34 @@ def test_without_gpus_the_script_says_what_to_ask_for(slurm: LocalSlurm, tmp_pat
     ended = _submit(slurm, log, nodes=1, processes=0).wait()
     assert ended["ExitCode"] == "2:0"
     assert "--gpus-per-node" in log.read_text()
+
+
+def test_a_corpus_is_built_by_jobs_behind_each_other(slurm: LocalSlurm, tmp_path: Path) -> None:
+    """Every stage is an array of jobs that waits for the one before; the last writes the manifest."""
+    pytest.importorskip("datatrove", reason="the corpus extra is not installed")
+    for number, text in enumerate(("Aspirin lowers fever in adults.", "Statins lower cholesterol in most patients.")):
+        record = {"id": str(number), "title": "On drugs", "raw_text": text}
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(record) + "\n")
+    options = {"partition": "test", "time": "00:05:00", "mem_per_cpu_gb": 1, "requeue": False}
+    recipe = {
+        "output": str(tmp_path / "out"),
+        "sources": {"guidelines": {"kind": "guidelines", "input": [f"{tmp_path}/*.jsonl"], "license": "CC0"}},
+        "quality": {"near_duplicates": False},
+        "execution": {"kind": "slurm", "workers": 2, "options": options},
+    }
+    (tmp_path / "corpus.yaml").write_text(yaml.safe_dump(recipe))
+    command = [python_path(), str(REPOSITORY / "tools" / "build_corpus.py"), "corpus.yaml"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=slurm.environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "extract-guidelines: 2 of 2 tasks queued" in done.stdout
+    manifest, deadline = tmp_path / "out" / "manifest.json", time.monotonic() + 150
+    while not manifest.exists():
+        logs = sorted((tmp_path / "out").rglob("*.out"))
+        assert time.monotonic() < deadline, [slurm.run("squeue"), *(log.read_text()[-600:] for log in logs[-3:])]
+        time.sleep(0.5)
+    assert sum(shard["documents"] for shard in json.loads(manifest.read_text())["shards"]) == 2
+    while slurm.run("squeue", "-h"):
+        assert time.monotonic() < deadline, "jobs are left over"
+        time.sleep(0.5)
