@@ -18,7 +18,7 @@ COPY constraints.txt pyproject.toml setup.py README.md ./
 COPY csrc csrc
 COPY megatron_med megatron_med
 RUN pip install --no-cache-dir -c constraints.txt setuptools wheel pybind11 \
- && pip install --no-cache-dir -c constraints.txt --no-build-isolation '.[verify]'
+ && pip install --no-cache-dir -c constraints.txt --no-build-isolation '.[verify,corpus]'
 COPY tools tools
 COPY examples examples
 RUN useradd --create-home --uid 10001 trainer && install -d -o trainer -g trainer /workspace
@@ -40,7 +40,7 @@ RUN python -c "import torch; v = tuple(map(int, torch.__version__.split('.')[:2]
 assert v >= (2, 13), f'torch {torch.__version__} in the base image: 2.13 or newer is needed, set GPU_BASE'" \
  && python -m pip freeze | grep -i '^torch' > /tmp/torch-before \
  && python -m pip install --no-cache-dir setuptools wheel pybind11 \
- && python -m pip install --no-cache-dir --no-build-isolation '.[verify]' \
+ && python -m pip install --no-cache-dir --no-build-isolation '.[verify,corpus]' \
  && python -m pip freeze | grep -i '^torch' | diff /tmp/torch-before - && rm /tmp/torch-before
 COPY tools tools
 COPY examples examples

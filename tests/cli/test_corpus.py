@@ -21,11 +21,12 @@ import zstandard
 
 pytest.importorskip("datatrove", reason="the corpus extra is not installed")
 
+from megatron_med.corpus.blocks import fraction_of
 from megatron_med.corpus.records import read_records
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.data.sources import recorded_tokenizer
 from megatron_med.tokenizer.special import CORPUS_TOKENS
-from tests.cli.processes import python
+from tests.cli.processes import python, python_path
 from tests.conftest import REPOSITORY
 from tests.unit.test_corpus_cleaning import pubmed_xml
 
@@ -161,6 +162,7 @@ def test_planted_records_are_removed_and_the_reason_is_kept(corpus: Path) -> Non
     }
     assert removed["pubmed:planted-question"]["contamination"]["question"] == 0
     assert len(removed["pubmed:planted-question"]["contamination"]["words"].split()) == 13
+    assert removed["pubmed:planted-mail"]["filter_reason"] == "same id", "of two texts under one id the first stays"
     assert "<email>" in kept["pubmed:planted-mail"]["text"]
     assert "jane.doe" not in kept["pubmed:planted-mail"]["text"]
     assert kept["pubmed:planted-token"]["text"].startswith("The (table) below has (formula)")
@@ -172,6 +174,21 @@ def test_splits_hold_out_the_published_shares(corpus: Path) -> None:
         expected = share * (train + valid)
         assert abs(valid - expected) <= 4 * (expected + 1) ** 0.5, source
         assert (valid == 0) == (share == 0)
+
+
+def test_replay_is_drawn_by_the_hash_of_the_text(corpus: Path, shared: Path) -> None:
+    raw = [record for _, record in read_records(shared / "replay" / "wikitext2_valid_articles.jsonl")]
+    kept = [document["id"] for document in _documents(corpus, "replay", "train")]
+    assert 0.25 * len(raw) < len(kept) < 0.75 * len(raw)
+    assert all(fraction_of(1234, "share", name) < 0.5 for name in kept)
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    steps = next(item["steps"] for item in manifest["inputs"] if item["source"] == "replay")
+    assert steps[0] == {
+        "step": "raw records",
+        "before": 60,
+        "after": len(kept),
+        "removed": {"not drawn": 60 - len(kept)},
+    }
 
 
 def test_the_manifest_accounts_for_every_record(corpus: Path, shared: Path) -> None:
@@ -399,3 +416,66 @@ def test_the_report_opens_in_a_browser(corpus: Path, tmp_path: Path) -> None:
     picture = imread(shot)
     assert picture.shape[0] == 3000
     assert len({tuple(colour) for colour in (picture[::7, ::7].reshape(-1, picture.shape[2]) * 255).astype(int)}) > 50
+
+
+def test_from_raw_records_to_a_training_run(shared: Path, tmp_path: Path) -> None:
+    """The README's walk: a folder for each source, one command."""
+    raw = tmp_path / "raw"
+    files = {
+        "guidelines": [shared / "guidelines" / "nih_guidelines.jsonl"],
+        "s2orc": [shared / "s2orc" / name for name in ("s2orc_real.jsonl", "s2orc_from_jats.jsonl")],
+        "papers": [shared / "s2orc" / "papers_from_jats.jsonl"],
+        "redpajama": [shared / "replay" / "wikitext2_valid_articles.jsonl"],
+    }
+    for folder, paths in files.items():
+        (raw / folder).mkdir(parents=True)
+        for path in paths:
+            (raw / folder / path.name).symlink_to(path)
+    (raw / "llama2").mkdir()
+    (raw / "llama2" / "tokenizer.model").symlink_to(shared / "tokenizers" / "llama2_tokenizer.model")
+    (raw / "pubmed").mkdir()
+    records = [record for _, record in read_records(shared / "pubmed" / "abstracts_ccby.jsonl")]
+    (raw / "pubmed" / "pubmed26n0001.xml.gz").write_bytes(gzip.compress(pubmed_xml(records).encode()))
+    environment = os.environ | {"MEGATRON_MED_VENV": str(Path(python_path()).parents[1])}
+    command = [
+        "bash",
+        "examples/gap_replay/sample.sh",
+        "--raw",
+        str(raw),
+        "--work",
+        str(tmp_path / "work"),
+        "--steps",
+        "6",
+    ]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "work" / "runs" / "gap_replay_sample"
+    losses = [step["loss"] for step in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "work" / "data" / "gap_replay_sample" / "report.html").is_file()
+    wrong = subprocess.run(
+        [*command[:2], "--raw", "/nowhere"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert wrong.returncode == 2
+    assert "error: there is no /nowhere" in wrong.stderr
+
+
+def test_the_recipes_weights_are_the_published_tokens() -> None:
+    """Millions of training tokens of table 1, the same in every recipe, with the shares that the README prints."""
+    published = {"guidelines": 107, "abstracts": 5480, "papers": 40700, "replay": 420}
+    folder = REPOSITORY / "examples" / "gap_replay"
+    for name in ("7b", "13b", "70b", "sample_run"):
+        train = yaml.safe_load((folder / f"{name}.yaml").read_text())["data"]["train"]
+        assert {Path(item["path"]).name.removesuffix("-train"): item["weight"] for item in train} == published
+    readme, total, samples = (folder / "README.md").read_text(), sum(published.values()), 23_000 * 512
+    for name, weight in published.items():
+        row = next(line for line in readme.splitlines() if line.startswith(f"| {name} | {weight:,}M"))
+        assert f"{100 * weight / total:.2f} %" in row
+        assert f"{round(samples * weight / total):,}" in row
+    assert total == 46_707
+    assert load_recipe_sources(folder / "corpus.yaml") == set(published)
+
+
+def load_recipe_sources(path: Path) -> set[str]:
+    return set(yaml.safe_load(path.read_text())["sources"])

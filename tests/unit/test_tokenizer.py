@@ -53,17 +53,23 @@ def test_trained_bpe_has_the_size_and_keeps_special_strings_as_text(sample_token
         assert tokenizer.decode(ids) == text
 
 
-def test_domain_words_become_single_pieces(shared: Path, tmp_path: Path) -> None:
-    """BioMedLM's reason for an own tokenizer: frequent medical words are one piece."""
+def test_biomedlms_vocabulary_from_real_abstracts(shared: Path, tmp_path: Path) -> None:
+    """28,896 pieces; frequent medical words are one; fewer tokens than GPT-2's vocabulary on text it has not seen."""
     from megatron_med.data.jsonl import read_lines, text_of
 
-    lines = read_lines([shared / "pubmed" / "abstracts_medline.jsonl"])
-    save_tokenizer(train_bpe((text_of(line, "text") for line in lines), 16384), tmp_path)
+    files = [shared / "pubmed" / f"abstracts_{name}.jsonl" for name in ("medline", "ccby")]
+    texts = [text_of(line, "text") for line in read_lines(files)]
+    unseen = texts[::20]
+    save_tokenizer(train_bpe([text for number, text in enumerate(texts) if number % 20], 28896), tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     gpt2 = load_tokenizer(f"{shared / 'tokenizers/gpt2_encoder.json'},{shared / 'tokenizers/gpt2_vocab.bpe'}")
-    for word in (" glucocorticoid", " olanzapine", " fluoxetine", " simvastatin"):
+    assert tokenizer.vocab_size == 28896
+    for word in (" chromatography", " cytotoxicity", " probiotic", " olanzapine", " simvastatin"):
         assert len(tokenizer.encode(word)) == 1, word
         assert len(gpt2.encode(word)) > 1, word
+    ours, theirs = (sum(map(len, one.encode_batch(unseen))) for one in (tokenizer, gpt2))
+    assert ours < 0.92 * theirs
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(unseen)] == unseen
 
 
 def test_too_small_vocabulary() -> None:
