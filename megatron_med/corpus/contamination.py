@@ -26,6 +26,9 @@ BOILERPLATE = 3
 SHORTEST = 8
 """A question of fewer words is not sought."""
 
+_START = 3
+"""Words that are compared first: hardly any place of a document has those of a question."""
+
 _NORMALIZATION = TextNormConfig(norm_numbers=False, norm_weekdays=False, norm_monthnames=False)
 
 
@@ -74,8 +77,8 @@ def simplified_words(text: str) -> list[str]:
     return simplify_text(text, _NORMALIZATION).split()
 
 
-def _grams(words: list[str], length: int) -> Iterator[tuple[str, int]]:
-    return ((" ".join(words[start : start + length]), start) for start in range(len(words) - length + 1))
+def _grams(words: list[str], length: int) -> Iterator[str]:
+    return (" ".join(words[start : start + length]) for start in range(len(words) - length + 1))
 
 
 def _is_prose(gram: str) -> bool:
@@ -101,7 +104,7 @@ def write_index(name: str, questions: Questions, n_grams: int, folder: Path) -> 
         for words in map(simplified_words, texts):
             if SHORTEST <= len(words) < n_grams:
                 whole.setdefault(" ".join(words), number)
-            for gram, _ in _grams(words, n_grams):
+            for gram in _grams(words, n_grams):
                 if _is_prose(gram):
                     long_of.setdefault(gram, set()).add(number)
             sought = sought or len(words) >= SHORTEST
@@ -126,6 +129,7 @@ class QuestionFilter(BaseFilter):
         super().__init__(exclusion_writer)
         self.folder = folder
         self._sought: dict[int, dict[str, tuple[str, int, str]]] = {}
+        self._starts: set[tuple[str, ...]] = set()
 
     def _load(self) -> None:
         """By length, the first words of what is sought: benchmark, question, all of its words."""
@@ -137,17 +141,26 @@ class QuestionFilter(BaseFilter):
             for text, number in index["whole"].items():
                 start = " ".join(text.split()[:SHORTEST])
                 self._sought.setdefault(SHORTEST, {}).setdefault(start, (name, number, text))
+        self._starts = {tuple(gram.split()[:_START]) for sought in self._sought.values() for gram in sought}
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
         if not self._sought:
             self._load()
         words = simplified_words(doc.text)
-        for length, sought in self._sought.items():
-            for gram, start in _grams(words, length):
-                if gram in sought:
-                    benchmark, number, text = sought[gram]
-                    if length == SHORTEST and " ".join(words[start : start + len(text.split())]) != text:
-                        continue
-                    doc.metadata["contamination"] = {"benchmark": benchmark, "question": number, "words": text}
-                    return False, f"contaminated: {benchmark}"
+        columns = (words[place:] for place in range(_START))
+        for start, first_words in enumerate(zip(*columns, strict=False)):
+            if first_words in self._starts:
+                found = self._found_at(words, start)
+                if found:
+                    doc.metadata["contamination"] = found
+                    return False, f"contaminated: {found['benchmark']}"
         return True
+
+    def _found_at(self, words: list[str], start: int) -> dict[str, Any] | None:
+        for length, sought in self._sought.items():
+            hit = sought.get(" ".join(words[start : start + length]))
+            if hit is not None:
+                benchmark, number, text = hit
+                if length != SHORTEST or " ".join(words[start : start + len(text.split())]) == text:
+                    return {"benchmark": benchmark, "question": number, "words": text}
+        return None

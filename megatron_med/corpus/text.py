@@ -15,6 +15,7 @@ _EMPTY_BRACKETS = re.compile(r"[(\[]\s*(?:(?:available\s+)?(?:at|from|see|via)\s
 _DANGLING = re.compile(r"\s*[,;:]\s*\)")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\ufeff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SPECIAL = re.compile("|".join(re.escape(token) for token in CORPUS_TOKENS))
+_LAYOUT = re.compile(r"[\W_]+")
 _SPACES = re.compile(r"[^\S\n]+")
 _BLANK_LINES = re.compile(r"\n{3,}")
 
@@ -48,4 +49,4 @@ def normalize_whitespace(text: str) -> str:
 
 def normalized_key(text: str) -> str:
     """Letters and digits only, in lower case and NFKC: equal for texts that differ in layout alone."""
-    return "".join(character for character in unicodedata.normalize("NFKC", text).lower() if character.isalnum())
+    return _LAYOUT.sub("", unicodedata.normalize("NFKC", text).lower())

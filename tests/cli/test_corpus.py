@@ -54,7 +54,14 @@ def _planted(shared: Path) -> list[dict[str, Any]]:
         "token": "The [table] below has [formula] in it. " + other[::-1],
     }
     records = [{"id": f"planted-{name}", "title": "", "text": text} for name, text in texts.items()]
-    return [*records, {"id": "planted-mail", "title": "", "text": "Another text under an id that is taken."}]
+    return [
+        *records,
+        {
+            "id": "planted-mail",
+            "title": "",
+            "text": "Another English text that stands under an id which the record above it has already taken.",
+        },
+    ]
 
 
 @pytest.fixture(scope="module")
