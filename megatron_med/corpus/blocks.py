@@ -19,7 +19,7 @@ from datatrove.pipeline.writers.jsonl import JsonlWriter
 from loguru import logger
 
 from megatron_med.corpus.catalogue import Catalogue, read_papers
-from megatron_med.corpus.duplicates import read_removals
+from megatron_med.corpus.duplicates import documents_with_keys, read_removals
 from megatron_med.corpus.kinds import read_documents
 from megatron_med.corpus.personal import redact
 from megatron_med.corpus.records import fail, read_records
@@ -107,23 +107,33 @@ class RawReader(BaseReader):
 
 
 class ShardReader(BaseReader):
-    """Reads back one shard a task, in the order it was written; a shard without documents has no file."""
+    """Reads back one shard a task, in the order it was written.
+
+    Args:
+        shards: task ``i`` reads ``shards[i]``; a shard without documents has no file.
+        keys: what ``KeyWriter`` wrote of each, which tells how many documents there must be.
+    """
 
     name = "shards"
 
-    def __init__(self, shards: list[Path]) -> None:
+    def __init__(self, shards: list[Path], keys: list[Path]) -> None:
         super().__init__()
         self.shards = shards
+        self.keys = keys
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Iterator[Document]:
-        if not self.shards[rank].exists():
-            return
-        for place, record in read_records(self.shards[rank]):
-            self.stat_update("total")
-            try:
-                yield Document(record["text"], record["id"], metadata=record.get("metadata", {}))
-            except KeyError as error:
-                raise DataError(f"{place}: no field {error}: the shard was not written by this build.") from error
+        shard, count = self.shards[rank], 0
+        if shard.exists():
+            for _, record in read_records(shard):
+                count += 1
+                yield Document(record["text"], record["id"], metadata=record["metadata"])
+        self.stat_update("total", value=count)
+        expected = documents_with_keys(self.keys[rank])
+        if count != expected:
+            raise DataError(
+                f"{shard} holds {count:,} documents and held {expected:,} when it was written: remove the folder of "
+                f"this source under work/logs (extract-{shard.parent.name}) and start again."
+            )
 
 
 class LanguageFilter(BaseFilter):

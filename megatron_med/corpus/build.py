@@ -32,7 +32,7 @@ from megatron_med.corpus.blocks import (
 from megatron_med.corpus.catalogue import CatalogueEntry, write_catalogue
 from megatron_med.corpus.contamination import QuestionFilter, write_index
 from megatron_med.corpus.duplicates import KeyWriter, Words, find_key_duplicates, find_near_duplicates, minhash_config
-from megatron_med.corpus.executors import Stage, run_stages
+from megatron_med.corpus.executors import Stage, is_finished, run_stages
 from megatron_med.corpus.recipe import CorpusRecipe
 from megatron_med.corpus.records import read_records
 from megatron_med.data.merge import merge_datasets
@@ -78,7 +78,23 @@ class Build:
             DataError: the folder holds another build, or a stage met data it cannot use.
         """
         self._check_same_build()
-        run_stages([s for s in self.stages() if wanted(s.name)], self.recipe.execution, self.logs, report)
+        stages = self.stages()
+        self._check_what_went_before(stages, wanted)
+        run_stages([s for s in stages if wanted(s.name)], self.recipe.execution, self.logs, report)
+
+    def _check_what_went_before(self, stages: list[Stage], wanted: Callable[[str], bool]) -> None:
+        """A stage on its own needs what the stages before it write."""
+        faults = []
+        for number, stage in enumerate(stages):
+            before = stages[:number]
+            source = self.recipe.sources.get(stage.name.removeprefix("extract-"))
+            if source is not None:
+                before = [earlier for earlier in before if source.catalogue and earlier.name.startswith("catalogue")]
+            missing = [s.name for s in before if not wanted(s.name) and not is_finished(s, self.logs)]
+            if wanted(stage.name) and missing:
+                faults.append(f"{stage.name} needs {', '.join(missing)}, not finished yet: run without --stage.")
+        if faults:
+            raise DataError(faults)
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the text depends on: the recipe without its execution, and the files by name and size."""
@@ -147,7 +163,7 @@ class Build:
     def _find_key_duplicates(self, _data: Any, _rank: int, _world_size: int) -> None:
         for name in self.recipe.sources:
             self._check_not_empty(name)
-        find_key_duplicates([self.work / "keys" / f"{shard}.npy" for shard in self.shards], self.work / "same")
+        find_key_duplicates(self._keys(), self.work / "same")
 
     def _check_not_empty(self, name: str) -> None:
         if any((self.work / "extracted" / name).glob("*.jsonl.zst")):
@@ -166,11 +182,14 @@ class Build:
     def _extracted(self) -> list[Path]:
         return [self.work / "extracted" / f"{shard}.jsonl.zst" for shard in self.shards]
 
+    def _keys(self) -> list[Path]:
+        return [self.work / "keys" / f"{shard}.npy" for shard in self.shards]
+
     def _near_duplicates(self) -> list[Stage]:
         config = minhash_config(self.recipe.seed)
         signatures, pairs = str(self.work / "minhash" / "signatures"), str(self.work / "minhash" / "pairs")
         signing = [
-            ShardReader(self._extracted()),
+            ShardReader(self._extracted(), self._keys()),
             DropListed(self.work / "same", self.shards),
             MinhashDedupSignature(signatures, config, language=Words()),
         ]
@@ -193,7 +212,7 @@ class Build:
     def _finish(self) -> list[Any]:
         removed = self.work / "removed"
         steps: list[Any] = [
-            ShardReader(self._extracted()),
+            ShardReader(self._extracted(), self._keys()),
             DropListed(self.work / "same", self.shards, RemovedWriter(removed / "same")),
         ]
         if self.recipe.quality.near_duplicates:

@@ -88,6 +88,12 @@ class KeyWriter(PipelineStep):
         np.save(self.folder / f"{rank:05d}.npy", np.array(rows, dtype=_KEY))
 
 
+def documents_with_keys(file: Path) -> int:
+    """How many documents ``KeyWriter`` has seen in a shard."""
+    rows = np.load(file)
+    return int(rows["document"].max()) + 1 if len(rows) else 0
+
+
 def find_key_duplicates(key_files: list[Path], folder: Path) -> None:
     """Writes for every shard which of its documents repeat one before, in order of shard and document."""
     keys = [np.load(file) for file in key_files]

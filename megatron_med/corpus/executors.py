@@ -70,6 +70,11 @@ def _run_quietly(executor: LocalExecutor, rank: int) -> None:
         executor._run_for_rank(rank)
 
 
+def is_finished(stage: Stage, logs: Path) -> bool:
+    """Whether every task of a stage has been marked as done."""
+    return all((logs / stage.name / "completions" / f"{rank:05d}").exists() for rank in range(stage.tasks))
+
+
 def run_stages(stages: list[Stage], execution: Execution, logs: Path, report: Callable[[str], None]) -> None:
     """Runs the stages in order. Tasks that have finished before are not run again.
 

@@ -29,7 +29,7 @@ _REMOVED_BY = {
 
 _STYLE = """
 :root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 72rem; margin: 0 auto; padding: 1.5rem; color: #222; background: #fff; }
+body { max-width: 80rem; margin: 0 auto; padding: 1.5rem; color: #222; background: #fff; }
 h1 { font-size: 1.8rem; margin-bottom: 0.2rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 0.92rem; }
 th, td { padding: 0.3rem 0.8rem; text-align: right; border-bottom: 1px solid #eee; }
@@ -108,23 +108,27 @@ def _languages(sources: dict[str, SourceFacts]) -> str:
     found = {name: facts.languages() for name, facts in sources.items()}
     names = sorted({language for counts in found.values() for language in counts} - {"kept"})
     rows = [[name, *(counts.get(language, 0) for language in ("kept", *names))] for name, counts in found.items()]
-    return _table(["source", "kept", *names], rows)
+    table = _table(["source", "kept", *names], rows)
+    if not names:
+        return table + "<p class='note'>No other language was found.</p>"
+    parts = {language: [counts.get(language, 0) for counts in found.values()] for language in names}
+    return table + _figure(_bars(list(sources), parts, "documents"), "Documents removed, by language")
 
 
 def _duplicates(facts: CorpusFacts) -> str:
     names = list(facts.sources)
-    reasons = sorted(
-        {reason for s in facts.sources.values() for step in STEPS[3:5] for reason in s.removed[step] if reason}
-    )
+    reasons = sorted({r for s in facts.sources.values() for step in STEPS[3:5] for r in s.removed[step]})
     if not reasons:
         return "<p>None were found.</p>"
-    by_reason = [
-        [name, *(sum(source.removed[step][reason] for step in STEPS[3:5]) for reason in reasons)]
-        for name, source in facts.sources.items()
-    ]
+    parts = {
+        reason: [sum(s.removed[step][reason] for step in STEPS[3:5]) for s in facts.sources.values()]
+        for reason in reasons
+    }
+    by_reason = [[name, *(parts[reason][number] for reason in reasons)] for number, name in enumerate(names)]
     kept_in = [[name, *(facts.duplicates[name, other] for other in names)] for name in names]
     return (
         _table(["removed from", *reasons], by_reason)
+        + _figure(_bars(names, parts, "documents"), "Duplicates removed, by reason")
         + "<p class='note'>In which source the document is that stayed:</p>"
         + _table(["removed from", *names], kept_in)
     )
@@ -198,21 +202,25 @@ def _figure(figure: Figure, caption: str) -> str:
 
 
 def _fate_picture(sources: dict[str, SourceFacts]) -> Figure:
-    """One bar a source: shares of documents kept and removed by each step."""
-    figure = Figure(figsize=(9, 1.2 + 0.45 * len(sources)), layout="constrained")
+    """Shares of documents kept, and removed by each step."""
+    parts = {"kept": [facts.kept for facts in sources.values()]}
+    parts |= {_REMOVED_BY[step]: [f.removed[step].total() for f in sources.values()] for step in STEPS}
+    total = [max(1, facts.read) for facts in sources.values()]
+    shares = {name: [100 * n / of for n, of in zip(counts, total, strict=True)] for name, counts in parts.items()}
+    return _bars(list(sources), shares, "% of the documents read")
+
+
+def _bars(names: list[str], parts: dict[str, list[Any]], unit: str) -> Figure:
+    """One bar a source, put together from named parts; those that are zero everywhere are left out."""
+    figure = Figure(figsize=(9, 1.3 + 0.45 * len(names)), layout="constrained")
     axes = figure.subplots()
-    names = list(sources)[::-1]
     left = np.zeros(len(names))
-    parts = [("kept", [sources[name].kept for name in names])]
-    parts += [(_REMOVED_BY[step], [sum(sources[name].removed[step].values()) for name in names]) for step in STEPS]
-    total = np.array([max(1, sources[name].read) for name in names])
-    for (label, counts), colour in zip(parts, _COLOURS, strict=True):
-        width = 100 * np.array(counts) / total
-        if width.any():
-            axes.barh(names, width, left=left, color=colour, label=label)
+    shown = {name: np.array(values, dtype=float) for name, values in parts.items() if any(values)}
+    for (name, width), colour in zip(shown.items(), _COLOURS * len(shown), strict=False):
+        axes.barh(names, width, left=left, color=colour, label=name)
         left += width
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("% of the documents read")
+    axes.invert_yaxis()
+    axes.set_xlabel(unit)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8)
     return figure
 

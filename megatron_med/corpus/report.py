@@ -12,6 +12,7 @@ from typing import Any
 from megatron_med.corpus.manifest import STEPS, read_manifest, verify_manifest
 from megatron_med.corpus.records import read_records
 from megatron_med.data.indexed import IndexedDataset, token_paths
+from megatron_med.tokenizer.special import CORPUS_TOKENS
 
 SAMPLE = 20_000
 """Documents of each source that lengths and words are counted in."""
@@ -19,6 +20,7 @@ EXAMPLES = 3
 """Removed texts that are shown for each reason and source."""
 TOP_WORDS = 15
 
+_TOKEN = re.compile("|".join(map(re.escape, CORPUS_TOKENS)))
 _WORD = re.compile(r"[^\W\d_][\w'’-]{2,}")
 _STOP_WORDS = """
 about above after again all also although among and any are because been before being below between both but can
@@ -26,7 +28,7 @@ could did does doing down during each either first for from further had has have
 however however into its itself less low may more most much not now off only other our out over own per same
 several she should since some such than that the their them then there these they this those three through thus
 too two under until use used using very was well were what when where whether which while who will with within
-without would you your one many might must her him fig_ref bib_ref
+without would you your one many might must her him
 """
 
 
@@ -137,7 +139,7 @@ def _add_text(facts: SourceFacts, shard: Path) -> None:
     stop_words = frozenset(_STOP_WORDS.split())
     for _, record in read_records(shard):
         facts.lengths.append(len(record["text"]))
-        words = (word.lower() for word in _WORD.findall(record["text"][:20_000]))
+        words = (word.lower() for word in _WORD.findall(_TOKEN.sub(" ", record["text"][:20_000])))
         facts.words.update(word for word in words if word not in stop_words)
         if len(facts.lengths) >= SAMPLE:
             return

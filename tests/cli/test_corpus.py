@@ -50,8 +50,8 @@ def _planted(shared: Path) -> list[dict[str, Any]]:
         "question": f"A case for teaching. {question} Discuss.",
         "french": french,
         "record": f"{third}\nMRN: 00412-7781",
-        "mail": "Correspondence: jane.doe@hospital.org. " + third[::-1],
-        "token": "The [table] below has [formula] in it. " + other[::-1],
+        "mail": "Correspondence: jane.doe@hospital.org. " + " ".join(sorted(third.split())),
+        "token": "The [table] below has [formula] in it. " + " ".join(sorted(other.split())),
     }
     records = [{"id": f"planted-{name}", "title": "", "text": text} for name, text in texts.items()]
     return [
@@ -278,6 +278,29 @@ def test_parts_can_be_built_one_by_one(recipe: Path, tmp_path: Path) -> None:
     done = python("tools/build_corpus.py", recipe, "--output", tmp_path / "out", "--stage", "extract-books")
     assert done.returncode == 2
     assert "names no stage. There are: catalogue, catalogue-join, extract-guidelines" in done.stderr
+    done = python(
+        "tools/build_corpus.py", recipe, "--output", tmp_path / "out", "--stage", "duplicates", "extract-papers"
+    )
+    assert done.returncode == 2
+    assert "extract-papers needs catalogue, catalogue-join, not finished yet" in done.stderr
+    assert "duplicates needs catalogue, catalogue-join, extract-abstracts, extract-xml, extract-replay" in done.stderr
+
+
+def test_a_shard_that_was_lost_between_stages_is_noticed(recipe: Path, tmp_path: Path) -> None:
+    tree = yaml.safe_load(recipe.read_text())
+    tree["sources"] = {"guidelines": tree["sources"]["guidelines"]}
+    path = tmp_path / "corpus.yaml"
+    path.write_text(yaml.safe_dump(tree | {"quality": {"near_duplicates": False}, "tokenization": None}))
+    arguments = ("tools/build_corpus.py", path, "--output", tmp_path / "out")
+    assert python(*arguments, "--stage", "extract-*", "duplicates").returncode == 0
+    shard = tmp_path / "out" / "work" / "extracted" / "guidelines" / "00000.jsonl.zst"
+    shard.unlink()
+    done = python(*arguments)
+    assert done.returncode == 2
+    assert f"{shard} holds 0 documents and held 1,037 when it was written" in done.stderr
+    assert "Traceback" not in done.stderr
+    shutil.rmtree(tmp_path / "out" / "work" / "logs" / "extract-guidelines")
+    assert python(*arguments).returncode == 0
 
 
 def test_a_corpus_that_no_longer_matches_its_manifest_is_named(corpus: Path, tmp_path: Path, recipe: Path) -> None:
@@ -409,7 +432,7 @@ def test_the_report_opens_in_a_browser(corpus: Path, tmp_path: Path) -> None:
         "removed-text",
     ):
         assert f'<section id="{section}">' in dom
-    assert dom.count("<svg") == 3
+    assert dom.count("<svg") == 5
     for source in SOURCES:
         assert f">{source}</td>" in dom or f"<td>{source}" in dom
     assert "same PubMed, PMC or corpus id" in dom
