@@ -23,7 +23,10 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = load_recipe(arguments.recipe)
     recipe.output = arguments.output or recipe.output
-    recipe.execution.workers = arguments.workers or recipe.execution.workers
+    if arguments.workers is not None:
+        if arguments.workers < 1:
+            raise ConfigError(f"--workers is {arguments.workers}: at least 1 is needed.")
+        recipe.execution.workers = arguments.workers
     build = Build(recipe)
     names = [stage.name for stage in build.stages()]
     if arguments.list:

@@ -99,7 +99,9 @@ class RawReader(BaseReader):
             self.stat_update("total", f"dropped_{reason}" if reason else "forwarded")
             self.stat_update("raw_characters", value=raw.raw_characters)
             if not reason:
-                yield Document(raw.text, raw.id, metadata={**self.defaults, **raw.metadata, "keys": raw.keys})
+                # A guideline's number means something within its own collection only.
+                name = f"{self.defaults['source']}/{raw.id}" if self.kind == "guidelines" else raw.id
+                yield Document(raw.text, name, metadata={**self.defaults, **raw.metadata, "keys": raw.keys})
 
     def _left_out(self, error: DataError) -> None:
         self.stat_update("total", f"dropped_{BAD_RECORD}")

@@ -62,14 +62,15 @@ class Build:
 
     def stages(self) -> list[Stage]:
         """Every stage in order."""
-        stages = [*self._catalogue(), *map(self._extract, self.recipe.sources)]
+        stages = self._catalogue()
+        if self.recipe.quality.questions:
+            stages.append(Stage("questions", [self._index_questions], 1))
+        stages += map(self._extract, self.recipe.sources)
         stages.append(Stage("duplicates", [self._find_key_duplicates], 1))
         if self.recipe.quality.near_duplicates:
             stages += self._near_duplicates()
-        if self.recipe.quality.questions:
-            stages.append(Stage("questions", [self._index_questions], 1))
-        stages += [Stage("finish", self._finish(), len(self.shards)), Stage("manifest", [self._write_manifest], 1)]
-        return stages + self._tokenize()
+        stages.append(Stage("finish", self._finish(), len(self.shards)))
+        return [*stages, *self._tokenize(), Stage("manifest", [self._write_manifest], 1)]
 
     def run(self, wanted: Callable[[str], bool], report: Callable[[str], None]) -> None:
         """Runs the stages that ``wanted`` names, and says what it does.
@@ -81,6 +82,8 @@ class Build:
         stages = self.stages()
         self._check_what_went_before(stages, wanted)
         run_stages([s for s in stages if wanted(s.name)], self.recipe.execution, self.logs, report)
+        if is_finished(stages[-1], self.logs):
+            manifest.verify_manifest(self.root, hashes=False)
 
     def _check_what_went_before(self, stages: list[Stage], wanted: Callable[[str], bool]) -> None:
         """A stage on its own needs what the stages before it write."""
@@ -89,7 +92,8 @@ class Build:
             before = stages[:number]
             source = self.recipe.sources.get(stage.name.removeprefix("extract-"))
             if source is not None:
-                before = [earlier for earlier in before if source.catalogue and earlier.name.startswith("catalogue")]
+                needed = ("catalogue", "questions") if source.catalogue else ("questions",)
+                before = [earlier for earlier in before if earlier.name.startswith(needed)]
             missing = [s.name for s in before if not wanted(s.name) and not is_finished(s, self.logs)]
             if wanted(stage.name) and missing:
                 faults.append(f"{stage.name} needs {', '.join(missing)}, not finished yet: run without --stage.")
@@ -101,7 +105,10 @@ class Build:
         plain = dataclasses.asdict(self.recipe)
         del plain["execution"], plain["output"]
         files = [*self.recipe.catalogue_inputs(), *(file for files in self.inputs.values() for file in files)]
-        plain["files"] = {str(file): file.stat().st_size for file in files}
+        files += [Path(questions.path) for questions in self.recipe.quality.questions.values()]
+        if self.recipe.tokenization is not None:
+            files += load_tokenizer(self.recipe.tokenization.tokenizer).files
+        plain["files"] = {str(file): manifest.quick_checksum(file) for file in files}
         return plain
 
     def _check_same_build(self) -> None:
@@ -156,6 +163,8 @@ class Build:
                 )
             )
         steps.append(PersonalDataGate(dict(quality.personal_data), RemovedWriter(removed / "personal_data" / name)))
+        if quality.questions:
+            steps.append(QuestionFilter(self.work / "questions", RemovedWriter(removed / "contaminated" / name)))
         steps.append(KeyWriter(self.work / "keys" / name, by_beginning=source.kind == "guidelines"))
         steps.append(text_writer(self.work / "extracted" / name))
         return Stage(f"extract-{name}", steps, len(self.inputs[name]))
@@ -175,8 +184,8 @@ class Build:
                 totals.update(step["removed"])
         counts = ", ".join(f"{value:,} {key}" for key, value in totals.items()) or "0 read"
         raise DataError(
-            f"sources.{name} yields no document ({counts}). Check its kind and its files, then remove "
-            f"{self.logs / f'extract-{name}'} and start again, or take the source out of the recipe."
+            f"sources.{name} yields no document ({counts}). Check its kind, its files and what quality asks for, or "
+            f"take it out of the recipe; then remove {self.root} and start again."
         )
 
     def _extracted(self) -> list[Path]:
@@ -217,8 +226,6 @@ class Build:
         ]
         if self.recipe.quality.near_duplicates:
             steps.append(NearDuplicates(self.work / "near", self.shards, RemovedWriter(removed / "near")))
-        if self.recipe.quality.questions:
-            steps.append(QuestionFilter(self.work / "questions", RemovedWriter(removed / "contaminated")))
         shares = {name: source.valid for name, source in self.recipe.sources.items()}
         steps.append(Split(self.recipe.seed, shares))
         steps.append(text_writer(self.root, "${source}-${split}/${rank}.jsonl"))
@@ -229,7 +236,16 @@ class Build:
         return sorted((self.root / f"{name}-{split}").glob("*.jsonl.zst"))
 
     def _write_manifest(self, _data: Any, _rank: int, _world_size: int) -> None:
-        manifest.write_manifest(self.root, describe(self))
+        content = describe(self)
+        for name in self.recipe.sources:
+            if not any(shard["source"] == name for shard in content["shards"]):
+                steps = [step for item in content["inputs"] if item["source"] == name for step in item["steps"]]
+                counts = ", ".join(f"{n:,} {reason}" for step in steps for reason, n in step["removed"].items())
+                raise DataError(
+                    f"sources.{name} has no document left ({counts}): take it out of the recipe, or name it before the "
+                    f"source that has the same documents; then remove {self.root} and start again."
+                )
+        manifest.write_manifest(self.root, content)
 
     def _pieces(self) -> list[tuple[str, str, int]]:
         return [(shard.split("/")[0], split, number) for number, shard in enumerate(self.shards) for split in SPLITS]
@@ -259,13 +275,14 @@ class Build:
         assert settings is not None, "this stage is planned only where a tokenizer is named"
         name, split, number = self._pieces()[rank]
         text = self.root / f"{name}-{split}" / f"{number:05d}.jsonl.zst"
+        has_markup = "gap_replay" in settings.tokens and self.recipe.sources[name].kind == "s2orc"
         if text.exists():
             options = PreprocessOptions(
                 [text],
                 self._piece_prefix(name, split, number),
                 str(self.root / "tokenizer"),
                 append_eod=settings.append_eod,
-                markup=CORPUS_TOKENS if "gap_replay" in settings.tokens else (),
+                markup=CORPUS_TOKENS if has_markup else (),
                 overwrite=True,
             )
             preprocess(options)
@@ -314,4 +331,9 @@ def describe(build: Build) -> dict[str, Any]:
         "questions": json.loads(questions.read_text(encoding="utf-8")) if questions.is_file() else {},
         "inputs": inputs,
         "shards": shards,
+        "tokens": [
+            {"file": path.name, "bytes": path.stat().st_size, "sha256": manifest.checksum(path)}
+            for path in sorted(build.root.glob("*.*"))
+            if path.suffix in (".bin", ".idx", ".json") and path.name != manifest.FILE_NAME
+        ],
     }

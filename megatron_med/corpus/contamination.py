@@ -7,6 +7,7 @@ table of numbers repeats any other), and cannot say which question was found.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from megatron_med.corpus.recipe import Questions
 from megatron_med.corpus.records import read_records
 from megatron_med.errors import DataError
 
-BOILERPLATE = 3
-"""An n-gram that this many questions of a benchmark share is phrasing ("which of the following is the most ...")."""
+BOILERPLATE = 10
+"""An n-gram that this many questions of a benchmark share is phrasing ("which of the following is the most ..."); it
+is sought all the same where a question has nothing else."""
 
 SHORTEST = 8
 """A question of fewer words is not sought."""
@@ -95,25 +97,25 @@ def write_index(name: str, questions: Questions, n_grams: int, folder: Path) -> 
     Returns:
         Numbers of questions, and of those too short to be found.
     """
-    long_of: dict[str, set[int]] = {}
+    grams_of: list[set[str]] = []
     whole: dict[str, int] = {}
-    short = total = 0
     for number, texts in enumerate(read_questions(questions)):
-        total += 1
-        sought = False
+        grams_of.append(set())
         for words in map(simplified_words, texts):
             if SHORTEST <= len(words) < n_grams:
                 whole.setdefault(" ".join(words), number)
-            for gram in _grams(words, n_grams):
-                if _is_prose(gram):
-                    long_of.setdefault(gram, set()).add(number)
-            sought = sought or len(words) >= SHORTEST
-        short += not sought
-    grams = {gram: min(numbers) for gram, numbers in sorted(long_of.items()) if len(numbers) < BOILERPLATE}
+            grams_of[number].update(filter(_is_prose, _grams(words, n_grams)))
+    shared = Counter(gram for grams in grams_of for gram in grams)
+    sought: dict[str, int] = {}
+    for number, grams in enumerate(grams_of):
+        telling = [gram for gram in grams if shared[gram] < BOILERPLATE] or grams
+        for gram in sorted(telling):
+            sought.setdefault(gram, number)
+    found = {number for number, grams in enumerate(grams_of) if grams} | set(whole.values())
     folder.mkdir(parents=True, exist_ok=True)
-    index = {"benchmark": name, "n_grams": n_grams, "grams": grams, "whole": whole}
+    index = {"benchmark": name, "n_grams": n_grams, "grams": sought, "whole": whole}
     (folder / f"{name}.json").write_text(json.dumps(index), encoding="utf-8")
-    return {"questions": total, "too_short_to_be_found": short}
+    return {"questions": len(grams_of), "too_short_to_be_found": len(grams_of) - len(found)}
 
 
 class QuestionFilter(BaseFilter):
@@ -128,7 +130,7 @@ class QuestionFilter(BaseFilter):
     def __init__(self, folder: Path, exclusion_writer: DiskWriter | None = None) -> None:
         super().__init__(exclusion_writer)
         self.folder = folder
-        self._sought: dict[int, dict[str, tuple[str, int, str]]] = {}
+        self._sought: dict[int, dict[str, list[tuple[str, int, str]]]] = {}
         self._starts: set[tuple[str, ...]] = set()
 
     def _load(self) -> None:
@@ -137,10 +139,10 @@ class QuestionFilter(BaseFilter):
             index = json.loads(file.read_text(encoding="utf-8"))
             name = index["benchmark"]
             for gram, number in index["grams"].items():
-                self._sought.setdefault(index["n_grams"], {}).setdefault(gram, (name, number, gram))
+                self._sought.setdefault(index["n_grams"], {}).setdefault(gram, []).append((name, number, gram))
             for text, number in index["whole"].items():
                 start = " ".join(text.split()[:SHORTEST])
-                self._sought.setdefault(SHORTEST, {}).setdefault(start, (name, number, text))
+                self._sought.setdefault(SHORTEST, {}).setdefault(start, []).append((name, number, text))
         self._starts = {tuple(gram.split()[:_START]) for sought in self._sought.values() for gram in sought}
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
@@ -158,9 +160,7 @@ class QuestionFilter(BaseFilter):
 
     def _found_at(self, words: list[str], start: int) -> dict[str, Any] | None:
         for length, sought in self._sought.items():
-            hit = sought.get(" ".join(words[start : start + length]))
-            if hit is not None:
-                benchmark, number, text = hit
-                if length != SHORTEST or " ".join(words[start : start + len(text.split())]) == text:
+            for benchmark, number, text in sought.get(" ".join(words[start : start + length]), []):
+                if " ".join(words[start : start + len(text.split())]) == text:
                     return {"benchmark": benchmark, "question": number, "words": text}
         return None

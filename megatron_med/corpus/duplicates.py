@@ -95,21 +95,40 @@ def documents_with_keys(file: Path) -> int:
 
 
 def find_key_duplicates(key_files: list[Path], folder: Path) -> None:
-    """Writes for every shard which of its documents repeat one before, in order of shard and document."""
+    """Writes for every shard which of its documents repeat one before that stays, in order of shard and document.
+
+    A document goes only for one that stays: rounds decide those that are first in all of their groups (they stay) and
+    then the others of these groups (they go), until all are decided.
+    """
     keys = [np.load(file) for file in key_files]
     shard = np.repeat(np.arange(len(keys), dtype=np.uint32), [len(rows) for rows in keys])
     rows = np.concatenate(keys) if keys else np.empty(0, _KEY)
-    order = np.lexsort((rows["document"], shard, rows["key"]))
-    rows, shard = rows[order], shard[order]
-    first = np.ones(len(rows), dtype=bool)
-    first[1:] = rows["key"][1:] != rows["key"][:-1]
-    kept = np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0)) if len(rows) else np.empty(0, np.int64)
-    removals = np.empty(len(rows), _REMOVAL)
-    removals["document"], removals["reason"] = rows["document"], rows["reason"]
+    begins = np.cumsum([0, *(int(part["document"].max()) + 1 if len(part) else 0 for part in keys)])
+    node = begins[shard] + rows["document"]  # number of the document over all shards
+    order = np.lexsort((rows["reason"], node, rows["key"]))
+    rows, shard, node = rows[order], shard[order], node[order]
+    stays = np.zeros(int(begins[-1]), dtype=bool)
+    decided = np.zeros(int(begins[-1]), dtype=bool)
+    found = []
+    left = np.arange(len(rows))
+    while len(left):
+        key, of = rows["key"][left], node[left]
+        first = np.ones(len(left), dtype=bool)
+        first[1:] = key[1:] != key[:-1]
+        head = left[np.maximum.accumulate(np.where(first, np.arange(len(left)), 0))]  # first row of the group
+        leads = node[head] == of  # a document may have one key twice
+        stays[of] = True
+        stays[of[~leads]] = False
+        decided[of[stays[of]]] = True
+        goes = ~leads & stays[node[head]]
+        found.append((left[goes], head[goes]))
+        decided[of[goes]] = True
+        left = left[~decided[of] & ~stays[node[head]]]
+    again, kept = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else (order, order)
+    removals = np.empty(len(again), _REMOVAL)
+    removals["document"], removals["reason"] = rows["document"][again], rows["reason"][again]
     removals["shard"], removals["kept"] = shard[kept], rows["document"][kept]
-    same = (removals["shard"] == shard) & (removals["kept"] == rows["document"])
-    again = ~first & ~same
-    _write_removals(removals[again], shard[again], len(keys), folder)
+    _write_removals(removals, shard[again], len(keys), folder)
 
 
 def find_near_duplicates(pair_files: list[Path], shards: int, folder: Path) -> None:

@@ -9,10 +9,23 @@ from megatron_med.corpus.text import normalize_whitespace, remove_urls
 
 MAX_HEADING_LEVEL = 3
 
-_LINK = re.compile(r"!?\[([^\[\]]*)\]\((?:[^()]|\([^()]*\))*\)")
-_TAG = re.compile(r"</?[a-zA-Z][^<>\n]{0,200}>")
-_REFERENCE = re.compile(r"\s?\[\s*\d+(?:\s*[,;–-]\s*\d+)*\s*\]|\[\^[^\]]+\]")
-_BULLET = re.compile(r"^[ \t]*(?:[•◦▪■□◆●○‣⁃·*+]|o(?=\s)|-|–|\uf0b7|\uf0a7)[ \t]+(?=\S)")
+_LINK = re.compile(
+    r"!?\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"  # [text](address)
+    r"|\[((?:[^\[\]\n])+)\]\[[^\[\]\n]*\]"  # [text][name]
+)
+_LINK_TARGET = re.compile(r"^[ \t]*\[[^\[\]\n]+\]:[ \t]*\S+.*$", re.MULTILINE)
+_TAG = re.compile(
+    r"</?(?:a|abbr|article|b|blockquote|br|button|code|div|em|figcaption|figure|font|footer|form|h[1-6]|header|hr|i|iframe"
+    r"|img|input|label|li|nav|ol|p|pre|section|small|span|strong|sub|sup|table|tbody|td|th|thead|tr|u|ul)\b[^<>\n]*>",
+    re.IGNORECASE,
+)
+_REFERENCE = re.compile(
+    r"(?<!CI )(?<!IQR )(?<!range )\s?\[\s*\d{1,3}(?:\s*[,;–-]\s*\d{1,3})*\s*\](?=\s*[.,;:)]|\s*$)"  # ends a clause
+    r"|(?<=[\w.,;)])\[\s*\d{1,3}(?:\s*[,;–-]\s*\d{1,3})*\s*\]"  # stuck to a word
+    r"|\[\^[^\]]+\]",
+    re.MULTILINE,
+)
+_BULLET = re.compile(r"^[ \t]*(?:[•◦▪■□◆●○‣⁃·*+]|o(?=\s+[A-Z])|-|–|\uf0b7|\uf0a7)[ \t]+(?=\S)")
 _JOINED_ITEMS = re.compile(r"(?<=[.!?;]) - (?=\S)")
 _EMPHASIS = re.compile(r"(\*\*|__)(?=\S)(.+?)(?<=\S)\1")
 _HEADING = re.compile(r"^(#+)\s*(.*?)\s*#*$")
@@ -29,8 +42,8 @@ def clean_guideline(text: str, title: str | None) -> str:
     Headings are renumbered to begin at one ``#`` and end at three, each behind an empty line; every bullet is ``- ``,
     one item a line. ``title`` goes first where the text does not begin with it.
     """
-    text = _TAG.sub("", html.unescape(text))
-    text = remove_urls(_LINK.sub(r"\1", text))
+    text = html.unescape(_TAG.sub("", _LINK_TARGET.sub("", text)))
+    text = remove_urls(_LINK.sub(lambda match: match.group(1) or match.group(2) or "", text))
     text = _EMPHASIS.sub(r"\2", _REFERENCE.sub("", text))
     lines = _levelled(_without_references(_lines(normalize_whitespace(text))))
     body = normalize_whitespace("\n".join(f"\n{line}" if line.startswith("#") else line for line in lines))
@@ -60,6 +73,8 @@ def _without_references(lines: list[str]) -> list[str]:
             if dropped_level and level > dropped_level:
                 continue
             dropped_level = level if _REFERENCE_SECTION.fullmatch(heading.group(2)) else 0
+        elif _REFERENCE_SECTION.fullmatch(line):  # a bold line that serves as a heading
+            dropped_level = MAX_HEADING_LEVEL * 3
         if not dropped_level:
             kept.append(line)
     return kept

@@ -13,7 +13,7 @@ from megatron_med.corpus.guidelines import clean_guideline
 from megatron_med.corpus.pubmed_xml import read_citations
 from megatron_med.corpus.records import Fault, fail, read_records, text_field
 from megatron_med.corpus.s2orc import format_paper
-from megatron_med.corpus.text import escape_special_tokens, normalize_whitespace, remove_urls
+from megatron_med.corpus.text import escape_special_tokens, normalize_characters, normalize_whitespace, remove_urls
 from megatron_med.data.compressed import open_input
 from megatron_med.errors import DataError
 
@@ -48,14 +48,14 @@ def s2orc(record: dict[str, Any], place: str, catalogue: Catalogue | None) -> Ra
     entry = _entry(catalogue, number)
     pmid = entry.pmid or text_field(record, "externalids.pubmed", place, required=False)
     pmcid = entry.pmcid or text_field(record, "externalids.pubmedcentral", place, required=False)
+    pmcid = pmcid.removeprefix("PMC")
     document = RawDocument(f"s2orc:{number}", "", _keys(number, pmid, pmcid), _metadata(entry, pmid, pmcid))
     raw = text_field(record, "content.text", place)
     document.raw_characters = len(raw)
     if not pmid and not pmcid:
         document.dropped = NOT_IN_PUBMED
     elif raw:
-        record["content"]["text"] = escape_special_tokens(raw)
-        document.text = format_paper(record, escape_special_tokens(entry.title), place)
+        document.text = format_paper(record, entry.title, place)
     return _or_dropped(document)
 
 
@@ -64,6 +64,7 @@ def s2ag_abstracts(record: dict[str, Any], place: str, catalogue: Catalogue | No
     number = corpus_id(record, place)
     entry = _entry(catalogue, number)
     pmcid = entry.pmcid or text_field(record, "openaccessinfo.externalids.PubMedCentral", place, required=False)
+    pmcid = pmcid.removeprefix("PMC")
     abstract = text_field(record, "abstract", place)
     identifier = f"pubmed:{entry.pmid}" if entry.pmid else f"s2ag:{number}"
     document = _abstract(identifier, entry.title, abstract, _keys(number, entry.pmid, pmcid))
@@ -99,20 +100,27 @@ def guidelines(record: dict[str, Any], place: str, catalogue: Catalogue | None) 
     """Guidelines as ``{"title", "raw_text" or "text", "id" and "source" if known}``."""
     raw = text_field(record, "raw_text" if "raw_text" in record else "text", place)
     title = text_field(record, "title", place, required=False)
-    text = clean_guideline(escape_special_tokens(raw), escape_special_tokens(title))
+    text = escape_special_tokens(clean_guideline(raw, title))
     source = text_field(record, "source", place, required=False)
     name = text_field(record, "id", place, required=False) or _digest(raw)
     metadata = {"title": title, "body": source, "url": record.get("url"), "license": record.get("license")}
     metadata = {key: value for key, value in metadata.items() if value}
-    return _or_dropped(RawDocument(f"guideline:{name}", text, metadata=metadata, raw_characters=len(raw)))
+    return _or_dropped(
+        RawDocument(
+            f"guideline:{source}/{name}" if source else f"guideline:{name}",
+            text,
+            metadata=metadata,
+            raw_characters=len(raw),
+        )
+    )
 
 
 def redpajama(record: dict[str, Any], place: str, catalogue: Catalogue | None) -> RawDocument:
-    """Replay text as ``{"text", "meta": {...}}``; nothing is cleaned but white space."""
+    """Replay text as ``{"text", "meta": {...}}``; nothing is cleaned but characters that cannot be seen."""
     raw = text_field(record, "text", place)
     meta = record.get("meta")
     metadata = {"meta": meta} if isinstance(meta, dict) else {}
-    text = normalize_whitespace(escape_special_tokens(raw))
+    text = escape_special_tokens(normalize_characters(raw)).strip("\n")
     return _or_dropped(RawDocument(f"replay:{_digest(raw)}", text, metadata=metadata, raw_characters=len(raw)))
 
 
@@ -150,8 +158,8 @@ def read_documents(path: Path, kind: str, catalogue: Catalogue | None, fault: Fa
 
 
 def _abstract(identifier: str, title: str, abstract: str, keys: list[str]) -> RawDocument:
-    text = normalize_whitespace(remove_urls(escape_special_tokens(abstract)))
-    heading = normalize_whitespace(escape_special_tokens(title))
+    text = escape_special_tokens(normalize_whitespace(remove_urls(abstract)))
+    heading = escape_special_tokens(normalize_whitespace(title))
     metadata = {"title": heading} if heading else {}
     document = RawDocument(identifier, text, keys, metadata, raw_characters=len(abstract))
     if text and heading and not text.startswith(heading):

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from megatron_med.corpus.records import read_records
 from megatron_med.errors import DataError
 
 FILE_NAME = "manifest.json"
-STEPS = ("raw records", "language", "personal data", "duplicates", "near duplicates", "contamination")
+_ENDS = 1 << 16
+STEPS = ("raw records", "language", "personal data", "contamination", "duplicates", "near duplicates")
 """Steps that a document may be removed by, in order."""
 
 
@@ -97,30 +98,42 @@ def read_manifest(root: Path) -> dict[str, Any]:
     return content
 
 
-def verify_manifest(root: Path) -> int:
-    """Compares every shard with the manifest and returns how many there are.
+def quick_checksum(path: Path) -> str:
+    """Size of a file and a hash of both of its ends: tells whether it was exchanged, without reading all of it."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        digest = hashlib.sha256(file.read(_ENDS))
+        file.seek(max(0, size - _ENDS))
+        digest.update(file.read())
+    return f"{size}-{digest.hexdigest()[:16]}"
+
+
+def verify_manifest(root: Path, hashes: bool = True) -> int:
+    """Compares every shard and token file with the manifest and returns how many shards there are.
+
+    Args:
+        root: folder of the corpus.
+        hashes: compare the content too, not only that the files are there and of their size.
 
     Raises:
-        DataError: with every shard that is missing, changed, or not in the manifest.
+        DataError: with every file that is missing, changed, or not in the manifest.
     """
-    shards = list(read_manifest(root)["shards"])
-    faults = list(_differences(root, shards))
+    manifest = read_manifest(root)
+    faults = list(_differences(root, [*manifest["shards"], *manifest["tokens"]], manifest["sources"], hashes))
     if faults:
         raise DataError(faults)
-    return len(shards)
+    return len(manifest["shards"])
 
 
-def _differences(root: Path, shards: list[dict[str, Any]]) -> Iterator[str]:
-    remedy = "Remove the stage's folder under work/logs and build again, or restore the file."
-    known = {shard["file"] for shard in shards}
-    for shard in shards:
-        path = root / shard["file"]
+def _differences(root: Path, files: list[dict[str, Any]], sources: Iterable[str], hashes: bool) -> Iterator[str]:
+    remedy = f"Restore it, or remove {root} and build again."
+    known = {file["file"] for file in files}
+    for file in files:
+        path = root / file["file"]
         if not path.is_file():
             yield f"{path} is in {FILE_NAME} and not on disk. {remedy}"
-        elif path.stat().st_size != shard["bytes"] or checksum(path) != shard["sha256"]:
-            yield f"{path} is not the file that {FILE_NAME} describes (its sha256 differs). {remedy}"
-    folders = {Path(name).parent for name in known}
-    for folder in sorted(folders):
-        for path in sorted((root / folder).glob("*.jsonl.zst")):
-            if str(path.relative_to(root)) not in known:
-                yield f"{path} is not in {FILE_NAME}. {remedy}"
+        elif path.stat().st_size != file["bytes"] or (hashes and checksum(path) != file["sha256"]):
+            yield f"{path} is not the file that {FILE_NAME} describes. {remedy}"
+    for path in sorted(shard for name in sources for shard in root.glob(f"{name}-*/*.jsonl.zst")):
+        if str(path.relative_to(root)) not in known:
+            yield f"{path} is not in {FILE_NAME}. Remove it."

@@ -21,9 +21,9 @@ _REMOVED_BY = {
     "raw records": "no text, not taken",
     "language": "other language",
     "personal data": "personal data",
+    "contamination": "benchmark question",
     "duplicates": "duplicate",
     "near duplicates": "near duplicate",
-    "contamination": "benchmark question",
 }
 """Names of the steps for a reader."""
 
@@ -117,18 +117,21 @@ def _languages(sources: dict[str, SourceFacts]) -> str:
 
 def _duplicates(facts: CorpusFacts) -> str:
     names = list(facts.sources)
-    reasons = sorted({r for s in facts.sources.values() for step in STEPS[3:5] for r in s.removed[step]})
+    reasons = sorted({r for s in facts.sources.values() for step in STEPS[4:6] for r in s.removed[step]})
     if not reasons:
         return "<p>None were found.</p>"
     parts = {
-        reason: [sum(s.removed[step][reason] for step in STEPS[3:5]) for s in facts.sources.values()]
+        reason: [sum(s.removed[step][reason] for step in STEPS[4:6]) for s in facts.sources.values()]
         for reason in reasons
     }
     by_reason = [[name, *(parts[reason][number] for reason in reasons)] for number, name in enumerate(names)]
     kept_in = [[name, *(facts.duplicates[name, other] for other in names)] for name in names]
+    shown = _table(["removed from", *reasons], by_reason)
+    shown += _figure(_bars(names, parts, "documents"), "Duplicates removed, by reason")
+    if not facts.has_work:
+        return shown
     return (
-        _table(["removed from", *reasons], by_reason)
-        + _figure(_bars(names, parts, "documents"), "Duplicates removed, by reason")
+        shown
         + "<p class='note'>In which source the document is that stayed:</p>"
         + _table(["removed from", *names], kept_in)
     )
@@ -178,7 +181,8 @@ def _examples(facts: CorpusFacts) -> str:
         parts.append(
             f"<details><summary>{summary}, {item.length:,} characters</summary>{note}<pre>{text}{more}</pre></details>"
         )
-    return "\n".join(parts) or "<p>Nothing was removed.</p>"
+    gone = f"<p>{facts.root / 'work'} is not there any more, and the removed texts with it.</p>"
+    return "\n".join(parts) or ("<p>Nothing was removed.</p>" if facts.has_work else gone)
 
 
 def _why(metadata: dict[str, Any]) -> str:

@@ -28,19 +28,22 @@ _LABELLED_PHONE = re.compile(
 )
 _PHONE = re.compile(
     r"""(?<![\w.,/-])(?:
-        \+\d{1,3}[\s.–-]?\(?\d{1,4}\)?(?:[\s.–-]?\d{2,4}){2,4}
-      | (?:1[\s.–-])?\(\d{3}\)[\s.–-]?\d{3}[\s.–-]\d{4}
+        \+\d{1,3}[\s–-]?\(?\d{1,4}\)?(?:[\s–‑-]\d{2,4}){2,4}
+      | (?:1[\s.–-])?\(\d{3}\)[\s.–-]?\d{3}[\s.–‑-]\d{4}
       | 1[–-](?:8\d\d)[–-][\dA-Z]{1,4}(?:[–-]?[\dA-Z]{1,7})+
-      | \d{3}[–-]\d{3}[–-]\d{4}
-    )(?![\w–-])""",
+      | 0800\s\d{3}\s\d{3,4}
+      | \d{3}[–‑-]\d{3}[–‑-]\d{4}
+    )(?![\w.,–-]*\d)""",
     re.VERBOSE | re.IGNORECASE,
 )
-_MAYBE_PHONE = re.compile(r"\d\)?[\s.–-]?\d{3}[\s.–-]\d{4}|\+\d|1[–-]8\d\d[–-]")
-_RECORD_LABELS = ("mrn", "record", "hospital n", "patient id", "patient n", "nhs n", "ssn", "social security")
+_MAYBE_PHONE = re.compile(r"\d\)?[\s.–‑-]?\d{3}[\s.–‑-]\d{4}|\+\d|1[–-]8\d\d[–-]|0800\s")
+_RECORD_LABELS = ("mrn", "mr#", "record", "hospital n", "patient id", "patient n", "nhs n", "ssn", "social security")
 _LABELLED_RECORD = re.compile(
-    r"""\b(?:MRN|medical\s+record\s+(?:number|no\.?|\#)|hospital\s+(?:number|no\.?)|patient\s+(?:id|number|no\.?)
-          |NHS\s+(?:number|no\.?)|SSN|social\s+security\s+(?:number|no\.?)|record\s+no\.?|case\s+record\s+no\.?)
-        \s*[:\#=]?\s*(?:is\s+)?[A-Z]{0,3}-?\d[\d\s-]{3,14}\d\b""",
+    r"""\b(?:(?:MRN|MR\#|medical\s+record\s+(?:number|no\.?|\#)|NHS\s+(?:number|no\.?)|SSN
+             |social\s+security\s+(?:number|no\.?))\s*[:\#=]?\s*(?:is\s+)?
+          |(?:hospital\s+(?:number|no\.?)|patient\s+(?:id|number|no\.?)|(?:case\s+)?record\s+no\.?)
+             (?:\s*[:\#=]\s*|\s+is\s+|\s+(?=\d{5,}\b(?![-–]))))
+        [A-Z]{0,3}-?\d[\d\s-]{1,14}\d\b""",
     re.VERBOSE | re.IGNORECASE,
 )
 _SOCIAL_SECURITY = re.compile(r"(?<!\w)(?!000|666|9\d\d)\d{3}-(?!00)\d{2}-(?!0000)\d{4}(?!\w)")
@@ -48,7 +51,8 @@ _HEADER_NAME = re.compile(
     r"""^(?P<label>[ ]*(?:(?:patient(?:'s)?\s+name|name\s+of\s+patient|patient|full\s+name|surname|name)[ ]*:[ ]*
           |(?:referring|attending|treating)\s+(?:physician|doctor|consultant)[ ]*:[ ]*
           |(?:re|dear)[ ]*:?[ ]+(?=(?:mr|mrs|ms|miss|dr|prof)\.?[ ])))
-        (?P<name>(?:(?:mr|mrs|ms|miss|dr|prof)\.?[ ]+)?(?-i:[A-ZÀ-Þ])[\w'’-]+(?:,?[ ]+(?-i:[A-ZÀ-Þ])[\w'’.-]*){0,3})""",
+        (?P<name>(?:mr|mrs|ms|miss|dr|prof)\.?[ ]+(?-i:[A-ZÀ-Þ])[\w'’-]+(?:,?[ ]+(?-i:[A-ZÀ-Þ])[\w'’.-]*){0,3}
+          |(?-i:[A-ZÀ-Þ])[\w'’.-]*(?:,?[ ]+(?-i:[A-ZÀ-Þ])[\w'’.-]*){1,3})""",
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 

@@ -15,6 +15,14 @@ import yaml
 from megatron_med.errors import ConfigError
 from megatron_med.tokenizer.special import TOKEN_SETS
 
+PERSONAL_DATA: dict[str, Literal["redact", "drop", "keep"]] = {
+    "email": "redact",
+    "phone": "redact",
+    "record_number": "drop",
+    "name": "redact",
+}
+"""What is done with personal data where the recipe says nothing."""
+
 KINDS = ("s2orc", "s2ag_abstracts", "abstracts", "pubmed_xml", "guidelines", "redpajama")
 
 
@@ -60,10 +68,9 @@ class Quality:
     """Decontamination: words in a row that a document and a question may not share (Brown et al. 2020)."""
     questions: dict[str, Questions] = field(default_factory=dict)
     """Benchmarks by name."""
-    personal_data: dict[str, Literal["redact", "drop", "keep"]] = field(
-        default_factory=lambda: {"email": "redact", "phone": "redact", "record_number": "drop", "name": "redact"}
-    )
-    """What to do with a document that holds an e-mail address, a telephone or record number, a name in its header."""
+    personal_data: dict[str, Literal["redact", "drop", "keep"]] = field(default_factory=lambda: dict(PERSONAL_DATA))
+    """What to do with a document that holds an e-mail address, a telephone or record number, a name in its header.
+    Kinds that are not named keep their default."""
 
 
 @dataclass
@@ -165,6 +172,17 @@ def _broken_rules(recipe: CorpusRecipe) -> list[str]:
     for name, questions in recipe.quality.questions.items():
         if not Path(questions.path).is_file():
             faults.append(f"quality.questions.{name}.path: there is no {questions.path}.")
+    known = ", ".join(PERSONAL_DATA)
+    for kind in recipe.quality.personal_data:
+        if kind not in PERSONAL_DATA:
+            faults.append(f"quality.personal_data.{kind} is not looked for: {known} are.")
+    recipe.quality.personal_data = PERSONAL_DATA | recipe.quality.personal_data
+    language = recipe.quality.language
+    if language is not None and not (len(language) == 2 and language.islower()):
+        faults.append(f"quality.language is '{language}': a code of two letters is needed, such as en.")
+    for name in recipe.quality.questions:
+        if not name.replace("_", "").isalnum():
+            faults.append(f"quality.questions.{name}: a name may hold letters, digits and underscores.")
     if recipe.quality.n_grams < 8:
         faults.append(f"quality.n_grams is {recipe.quality.n_grams}: fewer than 8 words match by chance.")
     if recipe.execution.workers < 1:

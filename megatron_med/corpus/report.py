@@ -93,6 +93,8 @@ class CorpusFacts:
     duplicates: Counter[tuple[str, str]]
     """(source of the removed document, source of the one that stayed): documents."""
     examples: list[Removed]
+    has_work: bool
+    """Whether the folder with the removed texts is still there."""
 
 
 def gather(root: Path) -> CorpusFacts:
@@ -125,7 +127,16 @@ def gather(root: Path) -> CorpusFacts:
         if shown[removed.source, removed.reason] < EXAMPLES:
             shown[removed.source, removed.reason] += 1
             examples.append(removed)
-    return CorpusFacts(root, manifest["code"], shards, sources, manifest["questions"], duplicates, examples)
+    return CorpusFacts(
+        root,
+        manifest["code"],
+        shards,
+        sources,
+        manifest["questions"],
+        duplicates,
+        examples,
+        (root / "work" / "removed").is_dir(),
+    )
 
 
 def _add_steps(facts: SourceFacts, steps: list[dict[str, Any]]) -> None:

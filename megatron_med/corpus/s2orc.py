@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_med.corpus.text import normalize_whitespace, remove_urls
+from megatron_med.corpus.text import escape_special_tokens, normalize_whitespace, remove_urls
 from megatron_med.errors import DataError
 
 REFERENCE_WORDS = 12
@@ -35,8 +35,11 @@ _LAYERS = (
 _READ = (*_LAYERS, "abstract", "paragraph", "bibtitle", "bibauthorlastname", "figurecaption")
 _LATEX_DOCUMENT = re.compile(r"\\documentclass.*?\\begin\{document\}(.*?)\\end\{document\}", re.DOTALL)
 _ACKNOWLEDGEMENT = re.compile(r"(?:\d[\d.]*\s+)?acknowledge?ments?\b[\s:.]*", re.IGNORECASE)
-_CITED = r"\[bib_ref\](?:(?!\[/?bib_ref\]).)*\[/bib_ref\]"
-_CITED_LIST = rf"{_CITED}(?:[\s,;–-]*{_CITED})*"
+_OPEN, _CLOSE = "\ue000", "\ue001"  # brackets of special tokens while the text is worked on (private use)
+_HOLE = "\ue002"  # stands where a reference was, until the brackets around it are looked at
+_PRIVATE_USE = str.maketrans(dict.fromkeys(_OPEN + _CLOSE + _HOLE, " "))
+_CITED = rf"{_OPEN}bib_ref{_CLOSE}[^{_OPEN}]*{_OPEN}/bib_ref{_CLOSE}"
+_CITED_LIST = rf"{_CITED}(?:[\s,;–{_HOLE}-]*{_CITED})*"
 
 
 @dataclass
@@ -67,8 +70,10 @@ class Paper:
         text = content.get("text")
         if text is not None and not isinstance(text, str):
             raise DataError(f"{place}: 'content.text' is {type(text).__name__}, not text.")
-        self.text = text or ""
+        self.text = (text or "").translate(_PRIVATE_USE)
         annotations = content.get("annotations") or {}
+        if not isinstance(annotations, dict):
+            raise DataError(f"{place}: 'content.annotations' is {type(annotations).__name__}, not an object.")
         self._spans = {name: self._read_spans(annotations.get(name), name, place) for name in _READ}
 
     def _read_spans(self, value: Any, name: str, place: str) -> list[dict[str, Any]]:
@@ -87,8 +92,11 @@ class Paper:
                 start, end = int(span["start"]), int(span["end"])
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(f"{where} has a span without whole numbers 'start' and 'end'.") from error
+            attributes = span.get("attributes") or {}
+            if not isinstance(attributes, dict):
+                raise DataError(f"{where} has 'attributes' of type {type(attributes).__name__}, not an object.")
             if 0 <= start < end <= len(self.text):  # the bulk files hold a few empty and reversed spans
-                result.append({"start": start, "end": end, "attributes": span.get("attributes") or {}})
+                result.append({"start": start, "end": end, "attributes": attributes})
         return result
 
     def _inside(self, name: str, outer: dict[str, Any]) -> dict[str, Any] | None:
@@ -135,6 +143,10 @@ class Paper:
         names = ("abstract", "sectionheader", "paragraph")
         return min((span["start"] for name in names for span in self._spans[name]), default=0)
 
+    def body_end(self) -> int:
+        """Where the last paragraph ends."""
+        return max((span["end"] for span in self._spans["paragraph"]), default=0)
+
     def runs(self) -> Iterator[_Run]:
         """The paper from the end of its header on, cut where the kind of text changes."""
         marks = np.zeros(len(self.text), dtype=np.int32)
@@ -148,7 +160,8 @@ class Paper:
                 spans.append((layer, span))
         borders = np.flatnonzero(np.diff(marks)) + 1
         begin = self.body_start()
-        edges = [begin, *borders[borders > begin].tolist(), len(marks)] if len(marks) else []
+        inner = {*borders[borders > begin].tolist(), self.body_end()} - {0, begin, len(marks)}
+        edges = [begin, *sorted(inner), len(marks)] if len(marks) else []
         for start, end in pairwise(edges):
             kind, span = spans[marks[start]]
             yield _Run(kind, start, self.text[start:end], span)
@@ -176,35 +189,42 @@ def format_paper(record: dict[str, Any], title: str | None, place: str) -> str:
     """
     paper = Paper(record, place)
     body = _tidy(remove_urls("".join(_written(paper))))
-    body = normalize_whitespace(_without_sections(body))
-    if not body:
-        return ""
-    return f"{normalize_whitespace(title)}\n\n{body}" if title and title.strip() else body
+    body = escape_special_tokens(normalize_whitespace(_without_sections(body)))
+    body = body.replace(_OPEN, "[").replace(_CLOSE, "]")
+    heading = escape_special_tokens(normalize_whitespace(title or ""))
+    return f"{heading}\n\n{body}" if heading and body else body
+
+
+def _token(name: str) -> str:
+    """A special token while the text is worked on: nothing in a paper can be taken for it."""
+    return f"{_OPEN}{name}{_CLOSE}"
 
 
 def _written(paper: Paper) -> Iterator[str]:
-    """Every run as it stands in the text. Behind the first figure come captions and stray lines: captions stay."""
-    at_figures = False
+    """Every run as it stands in the text. Behind the body come figures and stray lines: their captions stay."""
+    at_figures, body_end = False, paper.body_end()
     shown: set[str] = set()
     for run in paper.runs():
         identifier = run.span.get("attributes", {}).get("ref_id")
         if run.kind == "figure":
             at_figures = True
             yield _figure(paper, run.span, shown)
-        elif at_figures:
+        elif at_figures and run.start >= body_end:
             continue
         elif run.kind == "text":
             yield _LATEX_DOCUMENT.sub(_formula_inside, run.text).replace("•", "- ")
         elif run.kind == "sectionheader":
             yield f"\n\n{_heading(run.text)}\n"
         elif run.kind == "formula":
-            yield f"\n[formula] {_plain_formula(run.text)} [/formula]\n"
+            yield f"\n{_token('formula')} {_plain_formula(run.text)} {_token('/formula')}\n"
         elif run.kind == "bibref":
             citation = paper.citation(identifier)
-            yield f" [bib_ref] {citation} [/bib_ref] " if citation else " "
+            yield f" {_token('bib_ref')} {citation} {_token('/bib_ref')} " if citation else f" {_HOLE} "
         elif run.kind in ("figureref", "tableref"):
             caption = paper.caption(identifier, shorten=True)
-            yield f" [fig_ref] {''.join(caption)} [/fig_ref] " if caption else " "
+            yield f" {_token('fig_ref')} {''.join(caption)} {_token('/fig_ref')} " if caption else f" {_HOLE} "
+        else:
+            yield _HOLE
 
 
 def _heading(text: str) -> str:
@@ -230,7 +250,7 @@ def _figure(paper: Paper, span: dict[str, Any], shown: set[str]) -> str:
         return ""
     shown.add(key)
     token = "table" if str(identifier).startswith("tab") else "fig"
-    return f"\n[{token}] {name}{' '.join(text.split())} [/{token}]\n"
+    return f"\n{_token(token)} {name}{' '.join(text.split())} {_token('/' + token)}\n"
 
 
 def _plain_formula(text: str) -> str:
@@ -250,16 +270,17 @@ def _first_words(text: str) -> str:
 
 def _tidy(text: str) -> str:
     """Closes the holes that references leave: brackets around them, empty brackets, space before punctuation."""
+    cited, cited_end = f"{_OPEN}bib_ref{_CLOSE}", f"{_OPEN}/bib_ref{_CLOSE}"
     text = re.sub(r"[ \t]+", " ", text)
-    text = re.sub(r"\[[\s,;–-]*(?=\[bib_ref\])", " ", text)
-    text = re.sub(r"(?<=\[/bib_ref\])[\s,;–-]*\]", "", text)
+    text = re.sub(rf"\[[\s,;–{_HOLE}-]*(?={cited})", " ", text)
+    text = re.sub(rf"(?<={cited_end})[\s,;–{_HOLE}-]*\]", "", text)
     text = re.sub(rf"\(\s*({_CITED_LIST})\s*\)", r"\1", text)
-    text = re.sub(rf"({_CITED})\s*[,;–-]\s*(?=\[bib_ref\])", r"\1 ", text)
-    text = re.sub(r"[(\[][\s,;.–-]*[)\]]", " ", text)
+    text = re.sub(rf"({_CITED})\s*[,;–-]\s*(?={cited})", r"\1 ", text)
+    text = re.sub(rf"[(\[][\s,;.–-]*{_HOLE}[\s,;.–{_HOLE}-]*[)\]]", f" {_HOLE} ", text)
+    text = re.sub(rf"[ \t]*{_HOLE}[ \t{_HOLE}]*(?=[.,;:!?)\]])", "", text).replace(_HOLE, " ")
     text = re.sub(r"[ \t]+", " ", text)
-    text = re.sub(r"(?<=[\w).,;])\[bib_ref\]", " [bib_ref]", text)
+    text = re.sub(rf"(?<=[\w).,;]){cited}", f" {cited}", text)
     text = re.sub(r" +([.,;:!?)\]])(?![\w\[/])", r"\1", text)
-    text = re.sub(r"([(\[]) +(?=\w)", r"\1", text)
     return re.sub(r" *\n *", "\n", re.sub(r"\n+", "\n", re.sub(r"\n+(?=##? )", "\n\n", text.replace("\n\n", "\n"))))
 
 
@@ -280,7 +301,7 @@ def _without_sections(text: str) -> str:
     kept: list[tuple[str, str]] = []
     sections = _sections(text)
     for number, (heading, body) in enumerate(sections):
-        captions = [line for line in body.split("\n") if line.startswith(("[fig]", "[table]"))]
+        captions = [line for line in body.split("\n") if line.startswith((_token("fig"), _token("table")))]
         stray = number + 1 == len(sections) and "\n".join(captions) == body.strip()
         thanks = _ACKNOWLEDGEMENT.fullmatch(heading.lstrip("# "))
         if not heading or not (stray or thanks):

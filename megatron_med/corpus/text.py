@@ -11,8 +11,11 @@ _URL = re.compile(
     r"(?:\b(?:https?|ftp)://|\bwww\.(?=\w))[^\s<>\[\]()\"'|]*(?:\([^\s()]*\)[^\s<>\[\]()\"'|]*)*", re.IGNORECASE
 )
 _TRAILING = ".,;:!?"
-_EMPTY_BRACKETS = re.compile(r"[(\[]\s*(?:(?:available\s+)?(?:at|from|see|via)\s*:?\s*)?[)\]]", re.IGNORECASE)
-_DANGLING = re.compile(r"\s*[,;:]\s*\)")
+_HOLE = "\ue003"  # stands where an address was, until the brackets around it are looked at (private use)
+_EMPTY_BRACKETS = re.compile(
+    rf"[(\[<]\s*(?:(?:available\s+)?(?:at|from|see|via)\s*:?\s*)?{_HOLE}\s*[)\]>]", re.IGNORECASE
+)
+_DANGLING = re.compile(rf"\s*[,;:]\s*{_HOLE}\s*\)")
 _INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060\ufeff\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SPECIAL = re.compile("|".join(re.escape(token) for token in CORPUS_TOKENS))
 _LAYOUT = re.compile(r"[\W_]+")
@@ -22,13 +25,16 @@ _BLANK_LINES = re.compile(r"\n{3,}")
 
 def remove_urls(text: str) -> str:
     """Text without web addresses and without the brackets that held nothing else; a closing full stop stays."""
-    without = _URL.sub(_closing_punctuation, text)
-    return _DANGLING.sub(")", _EMPTY_BRACKETS.sub("", without)) if without != text else text
+    without = _URL.sub(_hole, text.replace(_HOLE, " "))
+    if _HOLE not in without:
+        return text
+    without = _EMPTY_BRACKETS.sub("", without)
+    return _DANGLING.sub(")", without).replace(_HOLE, "")
 
 
-def _closing_punctuation(match: re.Match[str]) -> str:
+def _hole(match: re.Match[str]) -> str:
     address = match.group()
-    return address[len(address.rstrip(_TRAILING)) :]
+    return _HOLE + address[len(address.rstrip(_TRAILING)) :]
 
 
 def escape_special_tokens(text: str) -> str:
@@ -39,10 +45,15 @@ def escape_special_tokens(text: str) -> str:
     return _SPECIAL.sub(lambda match: f"({match.group()[1:-1]})", text) if "[" in text else text
 
 
+def normalize_characters(text: str) -> str:
+    """NFC, one kind of line end, no control or invisible characters; spaces stay as they are."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\u2028", "\n").replace("\u2029", "\n")
+    return _INVISIBLE.sub("", unicodedata.normalize("NFC", text.replace("\x85", "\n")))
+
+
 def normalize_whitespace(text: str) -> str:
-    """NFC, no control or invisible characters, one space between words, at most one blank line between paragraphs."""
-    text = _INVISIBLE.sub("", unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")))
-    text = _SPACES.sub(" ", text.replace("\u2028", "\n").replace("\u2029", "\n").replace("\x85", "\n"))
+    """``normalize_characters``, one space between words, at most one blank line between paragraphs."""
+    text = _SPACES.sub(" ", normalize_characters(text))
     lines = [line.strip(" ") for line in text.split("\n")]
     return _BLANK_LINES.sub("\n\n", "\n".join(lines)).strip()
 

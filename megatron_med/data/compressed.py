@@ -15,6 +15,7 @@ import zstandard
 from megatron_med.errors import DataError
 
 _CHUNK = 1 << 18
+_LARGEST_WINDOW = 1 << 31  # what `zstd --long=31` writes
 
 
 class _ZstandardReader(io.RawIOBase):
@@ -22,7 +23,7 @@ class _ZstandardReader(io.RawIOBase):
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
-        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._frame = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
         self._started = False
         self._pending = memoryview(b"")
 
@@ -49,7 +50,7 @@ class _ZstandardReader(io.RawIOBase):
             self._started = not self._frame.eof
             chunk = self._frame.unused_data if self._frame.eof else b""
             if self._frame.eof:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
+                self._frame = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
         return b"".join(parts)
 
     def close(self) -> None:
@@ -79,6 +80,8 @@ def open_input(path: Path) -> Iterator[BinaryIO]:
 
 
 def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
+    if is_compressed(path) and path.stat().st_size == 0:
+        raise EOFError("it has no bytes")
     if path.suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
     if path.suffix == ".zst":

@@ -31,6 +31,9 @@ def merge_datasets(prefixes: Sequence[Path], output: Path, overwrite: bool = Fal
             side is not None and first is not None and side["tokenizer"]["files"] != first["tokenizer"]["files"]
         ):
             raise DataError(f"{data.prefix} was not made with the tokenizer of {prefixes[0]}: tokenize alike.")
+        options = [(part or {}).get(name) for part in (first, side) for name in ("append_eod", "markup")]
+        if options[:2] != options[2:]:
+            raise DataError(f"{data.prefix} was not tokenized with the --append-eod and --markup of {prefixes[0]}.")
     with IndexedDatasetWriter(output, datasets[0].dtype) as writer:
         for data in datasets:
             writer.add_dataset(data)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,8 +48,13 @@ def extend_tokenizer(path: str | Path, tokens: Sequence[str], output: Path) -> i
     """
     tokenizer = load_tokenizer(path)
     again = [token for token in tokens if token in tokenizer.added_tokens]
-    if again or not tokens:
-        raise ConfigError(f"{path} has {', '.join(again)} already." if again else "no token to add was named.")
+    twice = sorted({token for token in tokens if tokens.count(token) > 1})
+    if again or twice or not tokens:
+        fault = f"{path} has {', '.join(again)} already." if again else f"named twice: {', '.join(twice)}."
+        raise ConfigError(fault if again or twice else "no token to add was named.")
+    if output.is_dir() and any(file.resolve().parent == output.resolve() for file in tokenizer.files):
+        raise ConfigError(f"{output} is the folder of {path}: name another output.")
+    shutil.rmtree(output, ignore_errors=True)
     if isinstance(tokenizer, SentencePieceTokenizer):
         tokenizer.copy_to(output)
         _write_added_tokens(tokenizer, (*tokenizer.added_tokens, *tokens), output)
