@@ -271,9 +271,11 @@ def test_killed_and_started_again_it_is_the_same_corpus(corpus: Path, recipe: Pa
 def test_parts_can_be_built_one_by_one(recipe: Path, tmp_path: Path) -> None:
     listed = python("tools/build_corpus.py", recipe, "--list")
     assert re.search(r"extract-papers +2 tasks", listed.stdout)
-    done = python("tools/build_corpus.py", recipe, "--output", tmp_path / "out", "--stage", "extract-guidelines")
+    done = python(
+        "tools/build_corpus.py", recipe, "--output", tmp_path / "out", "--stage", "questions", "extract-guidelines"
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "extract-guidelines: 1 of 1 tasks\n"
+    assert done.stdout == "questions: 1 of 1 tasks\nextract-guidelines: 1 of 1 tasks\n"
     assert (tmp_path / "out" / "work" / "extracted" / "guidelines" / "00000.jsonl.zst").is_file()
     done = python("tools/build_corpus.py", recipe, "--output", tmp_path / "out", "--stage", "extract-books")
     assert done.returncode == 2
@@ -308,6 +310,8 @@ def test_a_corpus_that_no_longer_matches_its_manifest_is_named(corpus: Path, tmp
     shutil.copytree(corpus, folder)
     verify = ("tools/build_corpus.py", recipe, "--output", folder, "--verify")
     assert "shards are as the manifest says" in python(*verify).stdout
+    (folder / "replay-train.idx").unlink()
+    (folder / "papers-train.bin").write_bytes((folder / "papers-train.bin").read_bytes() + b"xx")
     first, second, *_ = sorted(folder.glob("*-train/*.zst"))
     first.write_bytes(first.read_bytes()[:-1] + b"x")
     second.rename(second.with_name("99999.jsonl.zst"))
@@ -316,9 +320,44 @@ def test_a_corpus_that_no_longer_matches_its_manifest_is_named(corpus: Path, tmp
     assert f"{first} is not the file that manifest.json describes" in done.stderr
     assert f"{second} is in manifest.json and not on disk" in done.stderr
     assert "99999.jsonl.zst is not in manifest.json" in done.stderr
+    assert f"{folder / 'replay-train.idx'} is in manifest.json and not on disk" in done.stderr
+    assert f"{folder / 'papers-train.bin'} is not the file" in done.stderr
+    done = python("tools/build_corpus.py", recipe, "--output", folder)
+    assert done.returncode == 2, "a finished corpus that has lost a file is not passed over"
+    assert f"{folder / 'replay-train.idx'} is in manifest.json and not on disk" in done.stderr
     done = python("tools/corpus_report.py", folder)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_a_source_that_others_have_whole_is_named(tmp_path: Path) -> None:
+    record = {"title": "Aspirin", "text": "Aspirin lowers fever in adults and relieves mild pain within an hour."}
+    _lines(tmp_path / "a.jsonl", [record])
+    _lines(tmp_path / "b.jsonl", [record | {"id": "other"}])
+    sources = {name: _source("guidelines", [tmp_path / f"{name}.jsonl"], "CC0") for name in "ab"}
+    path = tmp_path / "corpus.yaml"
+    path.write_text(yaml.safe_dump({"output": str(tmp_path / "out"), "sources": sources}))
+    done = python("tools/build_corpus.py", path)
+    assert done.returncode == 2
+    assert "sources.b has no document left (1 same text)" in done.stderr
+
+
+def test_what_the_build_depends_on_may_not_change(tmp_path: Path) -> None:
+    record = {"title": "Aspirin", "text": "Aspirin lowers fever in adults and relieves mild pain within an hour."}
+    _lines(tmp_path / "a.jsonl", [record])
+    _lines(tmp_path / "exam.jsonl", [{"question": "Which drug lowers fever in adults within one hour of time?"}])
+    content = {
+        "output": str(tmp_path / "out"),
+        "sources": {"a": _source("guidelines", [tmp_path / "a.jsonl"], "CC0")},
+        "quality": {"questions": {"exam": {"path": str(tmp_path / "exam.jsonl"), "fields": ["question"]}}},
+    }
+    path = tmp_path / "corpus.yaml"
+    path.write_text(yaml.safe_dump(content))
+    assert python("tools/build_corpus.py", path).returncode == 0
+    _lines(tmp_path / "exam.jsonl", [{"question": "Which drug lowers fever in adults within two hours of time"}])
+    done = python("tools/build_corpus.py", path)
+    assert done.returncode == 2
+    assert "(changed: files)" in done.stderr
 
 
 GOOD = {"id": "1", "title": "Aspirin", "text": "Aspirin lowers fever in adults and relieves mild pain within an hour."}
@@ -388,14 +427,20 @@ def test_a_recipe_with_faults_names_them_all(tmp_path: Path, shared: Path) -> No
         "quality.n_grams is 'lots': int is needed",
     ):
         assert message in done.stderr
-    path.write_text("output: out\nsources:\n  a: {kind: s2orc, input: [nowhere/*], license: x, valid: 1.5}\n")
+    path.write_text(
+        "output: out\nsources:\n  a: {kind: s2orc, input: [nowhere/*], license: x, valid: 1.5}\n"
+        "quality: {language: english, personal_data: {e-mail: redact}, questions: {a/b: {path: x, fields: [q]}}}\n"
+    )
     done = python("tools/build_corpus.py", path)
     assert "sources.a.input: no file matches nowhere/*" in done.stderr
     assert "sources.a.valid is 1.5" in done.stderr
+    assert "quality.language is 'english': a code of two letters" in done.stderr
+    assert "quality.personal_data.e-mail is not looked for: email, phone, record_number, name are" in done.stderr
+    assert "quality.questions.a/b: a name may hold letters, digits and underscores" in done.stderr
 
 
 def test_another_recipe_in_the_same_folder_is_refused(recipe: Path, tmp_path: Path) -> None:
-    arguments = ("--output", tmp_path / "out", "--stage", "extract-guidelines")
+    arguments = ("--output", tmp_path / "out", "--stage", "questions")
     assert python("tools/build_corpus.py", recipe, *arguments).returncode == 0
     other = tmp_path / "other.yaml"
     other.write_text(recipe.read_text().replace("valid: 0.05", "valid: 0.06"))
