@@ -279,7 +279,7 @@ def test_parts_can_be_built_one_by_one(recipe: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "work" / "extracted" / "guidelines" / "00000.jsonl.zst").is_file()
     done = python("tools/build_corpus.py", recipe, "--output", tmp_path / "out", "--stage", "extract-books")
     assert done.returncode == 2
-    assert "names no stage. There are: catalogue, catalogue-join, extract-guidelines" in done.stderr
+    assert "names no stage. There are: catalogue, catalogue-join, questions, extract-guidelines" in done.stderr
     done = python(
         "tools/build_corpus.py", recipe, "--output", tmp_path / "out", "--stage", "duplicates", "extract-papers"
     )
