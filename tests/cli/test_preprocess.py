@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import zstandard
 from megatron_med.data import preprocess as preprocessing
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.data.indexed_writer import IndexedDatasetWriter
-from megatron_med.data.jsonl import Shard, read_lines, spans_of
+from megatron_med.data.jsonl import Shard, Span, read_lines, spans_of
 from megatron_med.data.preprocess import PreprocessOptions, preprocess
 from megatron_med.tokenizer import load_tokenizer
 from tests.cli.processes import python
@@ -111,6 +112,11 @@ def test_other_options_or_input_do_not_go_on(text: list[Path], tokenizer: Path, 
     with suppress(RuntimeError), IndexedDatasetWriter(tmp_path / "out", "u2", {"a": 1}) as writer:
         assert (writer.documents, writer.tokens, writer.position) == (1, 3, "behind the first")
         raise RuntimeError("killed")
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    with IndexedDatasetWriter(tmp_path / "copy" / "out", "u2", {"a": 1}) as writer:
+        writer.add_document([5, 6])
+    found = IndexedDataset(tmp_path / "copy" / "out")
+    assert [found.read(number).tolist() for number in range(len(found))] == [[1, 2, 3], [5, 6]]
     with IndexedDatasetWriter(tmp_path / "out", "u2", {"a": 2}) as writer:
         assert (writer.documents, writer.position) == (0, None)
         writer.add_document([7])
@@ -162,6 +168,18 @@ def test_every_line_is_in_one_shard_whatever_the_files(text: list[Path], tmp_pat
     for count in (1, 2, 3, 7, 50):
         parts = [line.content for i in range(count) for line in read_lines(spans_of(files, Shard(i, count)))]
         assert parts == every
+
+
+def test_a_resume_enters_a_compressed_file_where_a_plain_one_is_entered(tmp_path: Path) -> None:
+    for path in (tmp_path / "a.jsonl.gz", tmp_path / "a.jsonl.zst"):
+        pack = gzip.compress if path.suffix == ".gz" else zstandard.ZstdCompressor().compress
+        path.write_bytes(pack(SAMPLE.read_bytes()))
+        offsets = [line.offset for line in read_lines([SAMPLE])]
+        for start in (0, 1, offsets[1], offsets[1] + 1, offsets[100], offsets[-1]):
+            plain, packed = ([(line.offset, line.content) for line in read_lines([Span(file, start, None)])]
+                             for file in (SAMPLE, path))  # fmt: skip
+            assert packed == plain
+            assert plain[0][0] == next(offset for offset in offsets if offset >= start)
 
 
 def test_a_wrong_shard_says_what_is_right(tmp_path: Path, sample_tokenizer: Path) -> None:
