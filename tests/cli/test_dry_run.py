@@ -17,8 +17,11 @@ from megatron_med.plan.predict import plan
 from tests.cli.processes import train_forked, write_config
 from tests.conftest import REPOSITORY
 
-RECIPES = sorted(path for path in (REPOSITORY / "examples").glob("*/*.yaml") if path.parent.name != "quickstart")
-QUICKSTART = sorted((REPOSITORY / "examples" / "quickstart").glob("*.yaml"))
+RECIPES = sorted(path.with_suffix(".yaml") for path in (REPOSITORY / "examples").glob("*/*.sbatch"))
+LAPTOP = [
+    *sorted((REPOSITORY / "examples" / "quickstart").glob("*.yaml")),
+    REPOSITORY / "examples" / "gap_replay" / "sample_run.yaml",
+]
 PLAN_COMMAND = re.compile(r"python tools/plan\.py (\S+) --cluster (\S+)(?: --nics (\d+))?")
 
 
@@ -44,8 +47,8 @@ def test_every_recipe_passes_on_the_first_a_middle_and_the_last_rank(recipe: Pat
         assert all(f"absent: {source.path}.bin" in one.stdout for source in sources)
 
 
-@pytest.mark.parametrize("recipe", QUICKSTART, ids=lambda path: path.stem)
-def test_the_quickstart_passes_on_a_first_a_middle_and_its_last_rank(recipe: Path) -> None:
+@pytest.mark.parametrize("recipe", LAPTOP, ids=lambda path: path.stem)
+def test_every_laptop_recipe_passes_on_a_first_a_middle_and_its_last_rank(recipe: Path) -> None:
     for rank in (0, 5, 7):
         done = train_forked(
             recipe, "--data.train", "[{path: none}]", "--data.valid", "[{path: none}]", *_world(8, rank)

@@ -118,7 +118,7 @@ def test_inspect_and_merge(tmp_path: Path, sample_data: Path, shared: Path) -> N
     assert "512 pieces" in done.stdout
     done = python("tools/inspect_data.py", sample_data, "--document", 2)
     records = [json.loads(line) for line in SAMPLE.read_text(encoding="utf-8").split("\n") if line]
-    assert records[2]["text"] + "<|endoftext|>" in done.stdout
+    assert records[2]["text"] + "«<|endoftext|>»" in done.stdout
     done = python("tools/inspect_data.py", sample_data, "--document", 368)
     assert done.returncode == 2
     assert "documents 0 to 367" in done.stderr
