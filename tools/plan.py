@@ -10,7 +10,7 @@ import time
 from megatron_med.config import Config, load_config
 from megatron_med.errors import EXIT_FAILED, ConfigError, run_command
 from megatron_med.plan.cluster import KINDS, Cluster, parse_cluster
-from megatron_med.plan.price import Software
+from megatron_med.plan.cost_model import KernelAssumptions
 
 
 def main() -> None:
@@ -40,24 +40,24 @@ def main() -> None:
     arguments, options = parser.parse_known_args()
     start = time.perf_counter()
     cluster = parse_cluster(arguments.cluster, arguments.nics)
-    software = Software(arguments.elementwise, arguments.attention)
+    kernels = KernelAssumptions(arguments.elementwise, arguments.attention)
     if arguments.search:
-        _search(arguments, options, cluster, software)
+        _search(arguments, options, cluster, kernels)
     else:
-        fits = _plan(arguments, options, cluster, software)
+        fits = _plan(arguments, options, cluster, kernels)
         if not fits:
             sys.exit(EXIT_FAILED)
     if not arguments.json:
         print(f"\nplanned in {time.perf_counter() - start:.1f} s")
 
 
-def _plan(arguments: argparse.Namespace, options: list[str], cluster: Cluster, software: Software) -> bool:
+def _plan(arguments: argparse.Namespace, options: list[str], cluster: Cluster, kernels: KernelAssumptions) -> bool:
     config = load_config([arguments.config, *options], cluster.world_size)
     _check_precision(config)
     from megatron_med.plan.predict import plan  # after the configuration was accepted: refusing takes no torch
     from megatron_med.plan.report import as_json, as_text
 
-    result = plan(config, cluster, software)
+    result = plan(config, cluster, kernels)
     print(json.dumps(as_json(result), indent=1) if arguments.json else as_text(result))
     return result.fits
 
@@ -79,14 +79,14 @@ _ANY_CUT = {
 """The search chooses these itself: the configuration's own need not suit the cluster."""
 
 
-def _search(arguments: argparse.Namespace, options: list[str], cluster: Cluster, software: Software) -> None:
+def _search(arguments: argparse.Namespace, options: list[str], cluster: Cluster, kernels: KernelAssumptions) -> None:
     neutral = [word for name, value in _ANY_CUT.items() for word in (f"--{name}", value)]
     config = load_config([arguments.config, *options, *neutral], 1)
     _check_precision(config)
     from megatron_med.plan.report import as_json, search_as_text
     from megatron_med.plan.search import search
 
-    result = search(config, cluster, software, arguments.top)
+    result = search(config, cluster, kernels, arguments.top)
     if arguments.json:
         sizes = [vars(size) for size in result.sizes]
         print(json.dumps({"best": [as_json(plan) for plan in result.best], "sizes": sizes}, indent=1))

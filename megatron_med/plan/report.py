@@ -74,8 +74,8 @@ def assumptions(plan: Plan) -> list[dict[str, Any]]:
     sizes = (512, 1024, 2048, 4096, 8192)
     table = {f"{size} x {size}": round(kind.product_efficiency(size, size), 3) for size in sizes}
     figures.append({"name": "product_efficiency", "value": table, "source": "product_share x wave quantisation"})
-    figures.append({"name": "elementwise", "value": plan.software.elementwise, "source": "--elementwise"})
-    figures.append({"name": "attention", "value": plan.software.attention, "source": "--attention"})
+    figures.append({"name": "elementwise", "value": plan.kernels.elementwise, "source": "--elementwise"})
+    figures.append({"name": "attention", "value": plan.kernels.attention, "source": "--attention"})
     return figures
 
 
@@ -130,7 +130,7 @@ def _memory(plan: Plan) -> list[str]:
         mark = "" if memory.total <= limit else "  too much"
         rows.append(f"  {number:>5} {ranks:>9} {len(stage.layers):>6} {stage.parameters:>14,} {values}{mark}")
     largest = max(stage.memory.total for stage in plan.stages)
-    flash = "" if plan.software.attention != "scores" else " (counted as with a fused kernel, without the scores)"
+    flash = "" if plan.kernels.attention != "scores" else " (counted as with a fused kernel, without the scores)"
     rows.append(f"  {verdict(largest, plan.cluster)}{flash}")
     return rows
 

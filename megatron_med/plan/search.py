@@ -16,16 +16,17 @@ import torch
 from megatron_med.config import Config
 from megatron_med.config.schema import ParallelConfig
 from megatron_med.config.validate import validate
+from megatron_med.model.build import DTYPES
 from megatron_med.plan.cluster import GIB, Cluster
-from megatron_med.plan.pieces import fake_world
-from megatron_med.plan.predict import Layout, Plan, Prices, Stages, StageTimes, build_stages, lay_out, predict
-from megatron_med.plan.predict import stage_memories as memories_of
-from megatron_med.plan.price import Software
-from megatron_med.plan.stage import Memory
+from megatron_med.plan.cost_model import CostModel, KernelAssumptions
+from megatron_med.plan.layer_trace import fake_world
+from megatron_med.plan.memory import Memory, peak_memories
+from megatron_med.plan.predict import Plan, predict
+from megatron_med.plan.stage_model import PlacedStage, StageModel, model_stages, place_stages
+from megatron_med.plan.step_time import backward_seconds, forward_seconds
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 CHUNKS = (2, 4)
-
 
 PLANS_OF_A_SIZE = 3
 """Plans of one tensor x pipeline size among the best: more would only differ in small things."""
@@ -64,19 +65,18 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class _Candidate:
-    config: Config
-    layout: Layout
+    stages: list[StageModel]
     memories: list[Memory]
     least_seconds: float
 
 
-def search(config: Config, cluster: Cluster, software: Software | None = None, keep: int = 10) -> SearchResult:
+def search(config: Config, cluster: Cluster, kernels: KernelAssumptions | None = None, keep: int = 10) -> SearchResult:
     """Plans every sensible cut of a run whose model, sequence and global batch stay as they are.
 
     Tensor sizes up to a node, all pipeline sizes, schedules, shardings and micro-batches up to 16; recomputation of
     whole layers only where it does not fit without. One process a tensor size.
     """
-    one_tensor_size = partial(_search_tensor_size, config, cluster, software or Software())
+    one_tensor_size = partial(_search_tensor_size, config, cluster, kernels or KernelAssumptions())
     tensor_sizes = [tensor for tensor in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % tensor == 0]
     with ProcessPoolExecutor(max(1, min(os.cpu_count() or 1, len(tensor_sizes))), get_context("spawn")) as pool:
         results = list(pool.map(one_tensor_size, tensor_sizes))
@@ -89,17 +89,17 @@ def search(config: Config, cluster: Cluster, software: Software | None = None, k
     )
 
 
-def _search_tensor_size(config: Config, cluster: Cluster, software: Software, tensor: int) -> SearchResult:
+def _search_tensor_size(config: Config, cluster: Cluster, kernels: KernelAssumptions, tensor: int) -> SearchResult:
     """All pipeline sizes of one tensor size."""
     torch.set_num_threads(1)
-    prices = Prices(cluster, software)
+    cost = CostModel(cluster, kernels, DTYPES[config.precision].itemsize)
     best: list[Plan] = []
     sizes: list[Size] = []
     tried = fitting = 0
     with fake_world():
         for pipeline in _pipeline_sizes(config, cluster, tensor):
-            found, reason, count = _fitting(config, cluster, prices, tensor, pipeline)
-            plans = _fastest(found, prices)
+            found, reason, count = _fitting(config, cost, tensor, pipeline)
+            plans = _fastest(found, cost)
             best += plans
             tried += count
             fitting += len(found)
@@ -118,14 +118,12 @@ def _pipeline_sizes(config: Config, cluster: Cluster, tensor: int) -> Iterator[i
             yield pipeline
 
 
-def _fitting(
-    config: Config, cluster: Cluster, prices: Prices, tensor: int, pipeline: int
-) -> tuple[list[_Candidate], str, int]:
+def _fitting(config: Config, cost: CostModel, tensor: int, pipeline: int) -> tuple[list[_Candidate], str, int]:
     """Candidates of one tensor x pipeline size that fit; else why the closest one does not; how many were tried."""
     found: list[_Candidate] = []
     reasons: list[tuple[float, str]] = []
-    built: dict[tuple[int, str, int], Stages] = {}
-    tried = 0
+    placed: dict[tuple[int, str, int], list[PlacedStage]] = {}
+    cluster, tried = cost.cluster, 0
     for parallel in _cuts(config, cluster, tensor, pipeline):
         for micro_batch in MICRO_BATCHES:
             own = [_variant(config, parallel, micro_batch, recompute) for recompute in ("none", "full")]
@@ -134,14 +132,15 @@ def _fitting(
                 reasons.append((float("inf"), broken[0]))
                 continue
             key = parallel.virtual_stages, parallel.sharding, parallel.replicate
-            if key not in built:
-                built[key] = build_stages(own[0], cluster)
-            state = max(stage.weights + stage.gradients + stage.optimizer for stage in built[key].built)
+            if key not in placed:
+                placed[key] = place_stages(own[0], cluster)
+            states = (stage.state for stage in placed[key])
+            state = max(held.weights + held.gradients + held.optimizer for held in states)
             if state > cluster.usable_memory:
                 reasons.append((state, f"weights, gradients and optimizer state alone take {_of(state, cluster)}"))
                 tried += 1
                 break
-            candidate, needed, count = _first_that_fits(own, built[key], cluster, prices)
+            candidate, needed, count = _first_that_fits(own, placed[key], cost)
             tried += count
             if candidate is None:  # a larger micro-batch needs more
                 words = f"needs {_of(needed, cluster)}, whole layers recomputed, micro-batch {micro_batch}"
@@ -152,17 +151,16 @@ def _fitting(
 
 
 def _first_that_fits(
-    variants: list[Config], stages: Stages, cluster: Cluster, prices: Prices
+    variants: list[Config], placed: list[PlacedStage], cost: CostModel
 ) -> tuple[_Candidate | None, float, int]:
     """The first variant that fits, the memory of the last one tried, and how many were tried."""
     needed = 0.0
     for count, config in enumerate(variants, 1):
-        layout = lay_out(config, stages)
-        memories = memories_of(config, layout)
+        stages = model_stages(config, placed)
+        memories = peak_memories(stages)
         needed = max(memory.total for memory in memories)
-        if needed <= cluster.usable_memory:
-            bound = _least_seconds(StageTimes(config, prices, layout))
-            return _Candidate(config, layout, memories, bound), needed, count
+        if needed <= cost.cluster.usable_memory:
+            return _Candidate(stages, memories, _least_seconds(stages, cost)), needed, count
     return None, needed, len(variants)
 
 
@@ -208,22 +206,22 @@ def _variant(config: Config, parallel: ParallelConfig, micro_batch: int, recompu
     )
 
 
-def _least_seconds(times: StageTimes) -> float:
+def _least_seconds(stages: list[StageModel], cost: CostModel) -> float:
     """The slowest stage without any bubble: no schedule is faster."""
-    layout = times.layout
-    stages = range(len(layout.built))
-    chunks = [range(len(built.chunks)) for built in layout.built]
-    work = (sum(times.forward(stage, c) + times.backward(stage, c) for c in chunks[stage]) for stage in stages)
-    return layout.micro_batches * max(work)
+
+    def work(stage: StageModel) -> float:
+        chunks = range(len(stage.traces))
+        return sum(forward_seconds(stage, c, cost) + backward_seconds(stage, c, cost) for c in chunks)
+
+    return stages[0].micro_batches * max(work(stage) for stage in stages)
 
 
-def _fastest(candidates: list[_Candidate], prices: Prices, keep: int = PLANS_OF_A_SIZE) -> list[Plan]:
+def _fastest(candidates: list[_Candidate], cost: CostModel, keep: int = PLANS_OF_A_SIZE) -> list[Plan]:
     """Simulates the candidates in the order of their bounds, until no bound can beat the best ones."""
     best: list[Plan] = []
     for candidate in sorted(candidates, key=lambda candidate: candidate.least_seconds):
         if len(best) == keep and candidate.least_seconds > best[-1].step_seconds:
             break
-        times = StageTimes(candidate.config, prices, candidate.layout)
-        best.append(predict(times, candidate.memories))
+        best.append(predict(candidate.stages, candidate.memories, cost))
         best = sorted(best, key=lambda plan: plan.step_seconds)[:keep]
     return best

@@ -37,8 +37,9 @@ from megatron_med.data.sources import blend, find_tokenizer, open_corpora
 from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserError
 from megatron_med.parallel.context import ParallelContext, create_context, start_fake_process_group
 from megatron_med.parallel.schedule import GENERATORS, Action, Schedule
-from megatron_med.parallel.trace import Recorder, Trace, group_labels
 from megatron_med.tokenizer import Tokenizer
+from megatron_med.tracing.recorder import Recorder, group_labels
+from megatron_med.tracing.trace import Trace
 from megatron_med.train.setup import build_machinery, make_loader
 from megatron_med.train.step import Machinery, train_step
 from megatron_med.train.timers import StepTimer

@@ -10,55 +10,28 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_med.config.schema import Config, OverlapConfig
 from megatron_med.parallel import buckets
-from megatron_med.parallel.collectives import Pending
+from megatron_med.tracing.recorder import Recorder, group_labels
+from megatron_med.tracing.trace import Collective, Event, Kernel, Wait
 from megatron_med.train.step import train_step
 from megatron_med.train.timers import StepTimer
 from tests.ranks import run_ranks
 from tests.training import MODELS, make_config, set_up
 
 LAYERS, MICRO_BATCHES, STEPS = 4, 4, 2
-PRODUCTS = ("aten.mm.", "aten.addmm")
-
-Event = tuple[str, str, int, int]
-"""(issue, wait or product; operation; dimensions of the result; its address)"""
+INPUT_GRADIENT, WEIGHT_GRADIENT = "mm", "addmm_"
 
 
-class _Trace(TorchDispatchMode):
-    """Every collective, every message and every matrix product, in the order they are issued."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.events: list[Event] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(function)
-        if name.startswith("c10d."):
-            result = args[0][0] if isinstance(args[0], (list, tuple)) else args[0]
-            self.events.append(("issue", name, result.dim(), result.data_ptr()))
-        elif name.startswith(PRODUCTS):
-            self.events.append(("product", name, 0, 0))
-        return function(*args, **(kwargs or {}))
-
-
-def _traced(config: Config) -> list[Event]:
+def _recorded(config: Config) -> list[Event]:
+    """Two steps of this rank."""
     buckets.BUCKET_ELEMENTS = 10_000  # several buckets of a small model
-    trace, wait = _Trace(), Pending.wait
-
-    def logged_wait(pending: Pending) -> torch.Tensor:
-        if pending._work is not None:
-            trace.events.append(("wait", "", pending._result.dim(), pending._result.data_ptr()))
-        return wait(pending)
-
-    Pending.wait = logged_wait  # type: ignore[method-assign]
     machinery, loader = set_up(config)
-    with trace:
+    with Recorder(group_labels(machinery.context)) as recorder:
         for step in range(STEPS):
             train_step(machinery, loader.load(8 * step, 8, step), 1e-3, False, StepTimer(torch.device("cpu")))
-    return trace.events
+    return recorder.trace.events
 
 
 def _trace(prefix: Path, overlap: bool, ranks: int, **parallel: Any) -> list[list[Event]]:
@@ -69,26 +42,36 @@ def _trace(prefix: Path, overlap: bool, ranks: int, **parallel: Any) -> list[lis
         overlap=OverlapConfig(overlap, overlap, overlap, overlap),
         **parallel,
     )
-    return run_ranks(ranks, _traced, config)
+    return run_ranks(ranks, _recorded, config)
 
 
-def _hidden(events: list[Event], operation: str, dimensions: int, product: str = "aten.") -> tuple[int, int]:
-    """Collectives of a kind: how many have a product between issue and wait, and how many there are."""
+def _products(events: list[Event], *names: str) -> int:
+    """Matrix products, all of them or those of these names."""
+    products = [event for event in events if isinstance(event, Kernel) and event.kind == "product"]
+    return sum(not names or product.name in names for product in products)
+
+
+def _hidden(events: list[Event], operation: str, group: str, *products: str) -> tuple[int, int]:
+    """Collectives of tensors: how many have a product between issue and wait, and how many there are."""
     hidden = found = 0
-    for place, (kind, name, dim, address) in enumerate(events):
-        if kind != "issue" or not name.startswith(f"c10d.{operation}") or dim != dimensions:
+    for place, event in enumerate(events):
+        if not isinstance(event, Collective) or event.operation != operation or event.size <= SCALAR:
             continue
-        rest = events[place + 1 :]
-        end = next((i for i, event in enumerate(rest) if event[0] == "wait" and event[3] == address), None)
+        if not event.group.startswith(group):
+            continue
+        waits = (end for end, other in enumerate(events) if isinstance(other, Wait) and other.number == event.number)
+        end = next(waits, None)
         if end is None:
             continue
         found += 1
-        hidden += any(kind == "product" and name.startswith(product) for kind, name, _, _ in rest[:end])
+        hidden += _products(events[place:end], *products) > 0
     return hidden, found
 
 
-SEQUENCE = 3  # [seq, batch, hidden]
-BUCKET = 1
+SCALAR = 8
+"""Bytes of a count or a loss: what is larger is a tensor."""
+HIDDEN_STATES = 32 * 8 // MICRO_BATCHES * 32 * 4
+"""Bytes of [seq, batch, hidden]."""
 
 
 @pytest.fixture(scope="module")
@@ -101,47 +84,53 @@ def test_sequence_collectives_hide_behind_the_products_of_the_backward_pass(
 ) -> None:
     columns = STEPS * MICRO_BATCHES * (2 * LAYERS + 1)  # qkv and gate_up of each layer, and the head
     events = tensor_parallel(True)
-    assert _hidden(events, "_allgather_base_", SEQUENCE, "aten.mm")[0] == columns, "beside the input gradient"
-    assert _hidden(events, "_reduce_scatter_base_", SEQUENCE, "aten.addmm_")[0] == columns, "beside the weight gradient"
+    assert _hidden(events, "all_gather", "tp", INPUT_GRADIENT)[0] == columns, "beside the input gradient"
+    assert _hidden(events, "reduce_scatter", "tp", WEIGHT_GRADIENT)[0] == columns, "beside the weight gradient"
     events = tensor_parallel(False)
-    assert _hidden(events, "_allgather_base_", SEQUENCE)[0] == 0
-    assert _hidden(events, "_reduce_scatter_base_", SEQUENCE)[0] == 0
+    assert _hidden(events, "all_gather", "tp")[0] == 0
+    assert _hidden(events, "reduce_scatter", "tp")[0] == 0
 
 
 def test_weight_gradients_are_summed_in_the_product(tensor_parallel: Callable[[bool], list[Event]]) -> None:
     products = STEPS * MICRO_BATCHES * (4 * LAYERS + 1)
-    names = [name for kind, name, _, _ in tensor_parallel(True) if kind == "product"]
-    assert sum(name.startswith("aten.addmm_") for name in names) == products
+    assert _products(tensor_parallel(True), WEIGHT_GRADIENT) == products
 
 
 def test_buckets_hide_behind_the_last_backward_and_the_next_forward_pass(sample_data: Path) -> None:
     events = _trace(sample_data, True, 2)[0]
-    reduced, count = _hidden(events, "_reduce_scatter_base_", BUCKET)
+    reduced, count = _hidden(events, "reduce_scatter", "dp_shard")
     assert count >= STEPS * 4
     assert reduced == count - 2 * STEPS, "all but the first layer's and the embedding's: no product comes after them"
-    gathered, count = _hidden(events, "_allgather_base_", BUCKET)
+    gathered, count = _hidden(events, "all_gather", "dp_shard")
     assert count >= 4
     assert gathered == count - 2, "all but the same two: no product comes before them"
     events = _trace(sample_data, False, 2)[0]
-    assert _hidden(events, "_reduce_scatter_base_", BUCKET)[0] == 0
-    assert _hidden(events, "_allgather_base_", BUCKET)[0] == 0
+    assert _hidden(events, "reduce_scatter", "dp_shard")[0] == 0
+    assert _hidden(events, "all_gather", "dp_shard")[0] == 0
 
 
-@pytest.mark.parametrize(("ranks", "parallel"), [(2, {"sharding": "none"}), (4, {"replicate": 2})], ids=str)
-def test_replicas_sum_under_the_last_backward_pass(sample_data: Path, ranks: int, parallel: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "group", "parallel"),
+    [(2, "dp", {"sharding": "none"}), (4, "dp_replicate", {"replicate": 2})],
+    ids=["whole buckets", "slices"],
+)
+def test_replicas_sum_under_the_last_backward_pass(
+    sample_data: Path, ranks: int, group: str, parallel: dict[str, Any]
+) -> None:
     """Whole buckets, or the slices that a group of ranks has cut; the last buckets have nothing left to hide behind."""
     for overlap in (True, False):
         events = _trace(sample_data, overlap, ranks, **parallel)[0]
-        hidden, count = _hidden(events, "allreduce_", BUCKET)
+        hidden, count = _hidden(events, "all_reduce", group)
         assert count >= STEPS * 8
         assert (hidden >= STEPS * 4) if overlap else (hidden == 0), (hidden, count)
 
 
 def test_reductions_begin_in_the_last_backward_pass_only(sample_data: Path) -> None:
     events = _trace(sample_data, True, 2)[0]
-    first = next(i for i, (_, name, dim, _) in enumerate(events) if "reduce_scatter" in name and dim == BUCKET)
-    weight_products = sum(name.startswith("aten.addmm_") for _, name, _, _ in events[:first])
-    assert weight_products > (MICRO_BATCHES // 2 - 1) * (4 * LAYERS + 1), "not before the last micro-batch"
+    first = next(i for i, e in enumerate(events) if isinstance(e, Collective) and e.operation == "reduce_scatter")
+    assert _products(events[:first], WEIGHT_GRADIENT) > (MICRO_BATCHES // 2 - 1) * (4 * LAYERS + 1), (
+        "not before the last micro-batch"
+    )
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble", "interleaved"])
@@ -149,12 +138,14 @@ def test_messages_between_stages_travel_beside_computation(sample_data: Path, sc
     virtual = 2 if schedule == "interleaved" else 1
     for overlap in (True, False):
         for events in _trace(sample_data, overlap, 2, pipeline=2, schedule=schedule, virtual_stages=virtual):
-            hidden, count = _hidden(events, "recv_", SEQUENCE)
+            hidden, count = _hidden(events, "receive", "pp")
             assert count >= STEPS * MICRO_BATCHES
             assert (hidden > count // 3) if overlap else (hidden == 0), (hidden, count)
-            everything = [dim for _, name, dim, _ in events if name.startswith("c10d.send")]
-            assert everything == [SEQUENCE] * (STEPS * MICRO_BATCHES * (3 if virtual == 2 else 1)), "hidden states only"
-            behind, sends = _hidden(events, "send", SEQUENCE)
+            everything = [e.size for e in events if isinstance(e, Collective) and e.operation == "send"]
+            assert everything == [HIDDEN_STATES] * (STEPS * MICRO_BATCHES * (3 if virtual == 2 else 1)), (
+                "hidden states only"
+            )
+            behind, sends = _hidden(events, "send", "pp")
             assert behind >= sends // 2, "a stage goes on computing while it sends"
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from megatron_med.config.schema import Config
-from megatron_med.parallel.trace import Recorder, Trace, group_labels
 from megatron_med.plan.cluster import KINDS, Cluster
 from megatron_med.plan.predict import Plan, plan
+from megatron_med.tracing.recorder import Recorder, group_labels
+from megatron_med.tracing.trace import Trace
 from megatron_med.train.step import train_step
 from megatron_med.train.timers import StepTimer
 from tests.ranks import run_ranks

@@ -29,12 +29,12 @@ from megatron_med.model.build import build_stage
 from megatron_med.parallel.context import single_process_context
 from megatron_med.parallel.schedule import GENERATORS, Forward
 from megatron_med.parallel.simulation import simulate
-from megatron_med.parallel.trace import Recorder
 from megatron_med.plan.cluster import KINDS, SOURCES, Cluster, parse_cluster
+from megatron_med.plan.cost_model import KernelAssumptions
 from megatron_med.plan.predict import plan
-from megatron_med.plan.price import Software
 from megatron_med.plan.report import as_json, as_text, search_as_text
 from megatron_med.plan.search import search
+from megatron_med.tracing.recorder import Recorder
 from tests.conftest import REPOSITORY
 
 CLUSTER = parse_cluster("a100-80g:16x8")
@@ -151,9 +151,9 @@ def test_mfu_has_three_figures_that_are_what_their_papers_count() -> None:
 def test_predicted_seconds_follow_their_causes() -> None:
     """Each thing that costs time in reality costs time here, and nothing else does."""
     base = plan(meditron(), CLUSTER)
-    assert plan(meditron(), CLUSTER, Software("fused")).step_seconds < base.step_seconds
-    assert plan(meditron(), CLUSTER, Software("separate", "flash1")).step_seconds > base.step_seconds
-    assert plan(meditron(), CLUSTER, Software("separate", "scores")).step_seconds > base.step_seconds
+    assert plan(meditron(), CLUSTER, KernelAssumptions("fused")).step_seconds < base.step_seconds
+    assert plan(meditron(), CLUSTER, KernelAssumptions("separate", "flash1")).step_seconds > base.step_seconds
+    assert plan(meditron(), CLUSTER, KernelAssumptions("separate", "scores")).step_seconds > base.step_seconds
     assert plan(meditron(), parse_cluster("a100-80g:16x8", 1)).step_seconds > base.step_seconds
     assert plan(meditron(recompute="full"), CLUSTER).step_seconds > 1.2 * base.step_seconds
     for name in ("gradient_reduce", "weight_gather", "tensor", "pipeline"):

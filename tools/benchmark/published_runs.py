@@ -15,8 +15,8 @@ from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import Config, DataConfig, ModelConfig, OverlapConfig, ParallelConfig, TrainConfig
 from megatron_med.model.flops import parameter_flops_per_token
 from megatron_med.plan.cluster import parse_cluster
+from megatron_med.plan.cost_model import KernelAssumptions
 from megatron_med.plan.predict import Plan, plan
-from megatron_med.plan.price import Software
 
 NO_OVERLAP = OverlapConfig(gradient_reduce=False, weight_gather=False, tensor=False, pipeline=False)
 TENSOR_OVERLAP = OverlapConfig(gradient_reduce=False, weight_gather=False, tensor=True, pipeline=False)
@@ -35,7 +35,7 @@ class PublishedRun:
     name: str
     config: Config
     cluster: str
-    software: Software
+    kernels: KernelAssumptions
     measured: float
     unit: str
     nics: int | None = None
@@ -110,8 +110,8 @@ def _sc21(
         sequence_parallel=False,
         overlap=NO_OVERLAP,
     )
-    software = Software("fused", "scores", "blocking")
-    return PublishedRun(f"SC21 {name}", config, f"a100-80g:{gpus // 8}x8", software, measured, "hardware TFLOP/s")
+    kernels = KernelAssumptions("fused", "scores", "blocking")
+    return PublishedRun(f"SC21 {name}", config, f"a100-80g:{gpus // 8}x8", kernels, measured, "hardware TFLOP/s")
 
 
 RUNS = [
@@ -130,7 +130,7 @@ RUNS = [
             overlap=TENSOR_OVERLAP,
         ),
         "a100-80g:16x8",
-        Software("separate", "flash1", "blocking"),
+        KernelAssumptions("separate", "flash1", "blocking"),
         40200,
         "tokens/s",
         nics=1,
@@ -142,7 +142,7 @@ RUNS = [
         "llm-foundry 70B",
         _config(_gpt(80, 8192, 64, 50432), 2048, 8, 2048, recompute="full", sharding="full"),
         "a100-80g:8x8",
-        Software("fused", "flash2"),
+        KernelAssumptions("fused", "flash2"),
         53.3,
         "MFU %",
     ),
@@ -150,7 +150,7 @@ RUNS = [
         "llm-foundry 7B",
         _config(_gpt(32, 4096, 32, 50432), 2048, 6, 96, sharding="full"),
         "a100-80g:1x8",
-        Software("fused", "flash2"),
+        KernelAssumptions("fused", "flash2"),
         64.2,
         "MFU %",
     ),
@@ -167,7 +167,7 @@ def main() -> None:
 
 def compare(run: PublishedRun) -> dict[str, Any]:
     """Predicted and measured of one run."""
-    result = plan(run.config, parse_cluster(run.cluster, run.nics), run.software)
+    result = plan(run.config, parse_cluster(run.cluster, run.nics), run.kernels)
     predicted = run.predicted(result)
     return {
         "run": run.name,

@@ -10,9 +10,8 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,79 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_med.parallel.context import ParallelContext
-
-KernelKind = Literal["product", "attention_forward", "attention_backward", "elementwise"]
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One launch on the device.
-
-    Attributes:
-        kind: what bounds its time.
-        name: operation.
-        flops: of a product or attention; 0 for element-wise work, which memory bounds.
-        shape: of a product: batch, rows, columns, inner.
-        reads, writes: storage -> bytes.
-    """
-
-    kind: KernelKind
-    name: str
-    flops: float
-    shape: tuple[int, int, int, int]
-    reads: Mapping[int, int]
-    writes: Mapping[int, int]
-
-
-@dataclass(frozen=True)
-class Collective:
-    """A collective or message is issued.
-
-    Attributes:
-        number: that its ``Wait`` refers to.
-        operation: all_reduce, all_gather, reduce_scatter, broadcast, send or receive.
-        group: label of the group.
-        size: bytes of the larger of input and output.
-        ranks: of the group.
-    """
-
-    number: int
-    operation: str
-    group: str
-    size: int
-    ranks: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Wait:
-    """The computation needs the result of a collective."""
-
-    number: int
-
-
-Event = Kernel | Collective | Wait
-
-
-@dataclass
-class Trace:
-    """What was recorded.
-
-    Attributes:
-        events: in order.
-        deaths: storage -> number of events before it was freed; storages that outlive the trace are absent.
-    """
-
-    events: list[Event] = field(default_factory=list)
-    deaths: dict[int, int] = field(default_factory=dict)
-
-    @property
-    def kernels(self) -> list[Kernel]:
-        return [event for event in self.events if isinstance(event, Kernel)]
-
-    @property
-    def collectives(self) -> list[Collective]:
-        return [event for event in self.events if isinstance(event, Collective)]
-
+from megatron_med.tracing.trace import Collective, Kernel, KernelKind, Trace, Wait
 
 _COLLECTIVES = {
     "allreduce_": "all_reduce",
@@ -105,7 +32,7 @@ _COLLECTIVES = {
     "send": "send",
     "recv_": "receive",
 }
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+_PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm")
 
 
 class _RecordedWork(dist._Work):

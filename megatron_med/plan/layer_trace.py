@@ -1,4 +1,4 @@
-"""Traces of pieces of a model: one or two layers with or without embedding and head, forward and backward.
+"""Traces of one and two layers, with or without embedding and head, forward and backward.
 
 A chunk of any length is one of these plus equal layers, so a plan takes seconds where running the model takes hours.
 """
@@ -26,16 +26,17 @@ from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
 from megatron_med.parallel.buckets import BucketedDataParallel
 from megatron_med.parallel.context import Axis, ParallelContext, start_fake_process_group
-from megatron_med.parallel.trace import Recorder, Trace
 from megatron_med.parallel.weight_products import WeightProduct
+from megatron_med.tracing.recorder import Recorder
+from megatron_med.tracing.trace import Collective, Trace
 
 _LARGEST_GROUP = 1024
 """GPUs of a node never exceed it, and tensor-parallel groups stay within a node."""
 
 
 @dataclass(frozen=True)
-class PieceShape:
-    """All that the trace of a piece depends on."""
+class LayerShape:
+    """All that the trace of some layers depends on."""
 
     model: ModelConfig
     tensor: int
@@ -45,7 +46,7 @@ class PieceShape:
     sequence_length: int
     micro_batch_size: int
     isolate_documents: bool
-    past_autograd: bool
+    main_gradients: bool
     splits_backward: bool
     recompute: Recompute
     has_embedding: bool = False
@@ -61,12 +62,12 @@ class PieceShape:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What one micro-batch costs.
+class LayerTrace:
+    """One micro-batch through some layers.
 
     Attributes:
-        forward, backward: traces.
-        weight_products: trace of the weight part where the backward pass is split.
+        forward, backward: what runs.
+        backward_weight: the weight part, where the backward pass is split.
         kept: bytes that stay between forward and backward, the received hidden states included.
         kept_for_weights: bytes that stay after the input part of a split backward pass.
         forward_excess, backward_excess: bytes above ``kept`` at the peak of each pass.
@@ -75,18 +76,24 @@ class Piece:
 
     forward: Trace
     backward: Trace
-    weight_products: Trace | None
+    backward_weight: Trace | None
     kept: int
     kept_for_weights: int
     forward_excess: int
     backward_excess: int
     hidden_bytes: int
 
+    @property
+    def collectives(self) -> list[Collective]:
+        """Of all passes."""
+        traces = (self.forward, self.backward, self.backward_weight)
+        return [event for trace in traces if trace is not None for event in trace.collectives]
 
-def shape_of(config: Config) -> PieceShape:
+
+def shape_of(config: Config) -> LayerShape:
     """The shape of one layer of a configuration."""
     parallel = config.parallel
-    return PieceShape(
+    return LayerShape(
         model=config.model,
         tensor=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
@@ -95,7 +102,7 @@ def shape_of(config: Config) -> PieceShape:
         sequence_length=config.data.sequence_length,
         micro_batch_size=config.train.micro_batch_size,
         isolate_documents=config.data.isolate_documents,
-        past_autograd=parallel.sharding != "full",
+        main_gradients=parallel.sharding != "full",
         splits_backward=parallel.schedule == "zero_bubble",
         recompute=Recompute(config.recompute, config.recompute_interval),
     )
@@ -103,19 +110,19 @@ def shape_of(config: Config) -> PieceShape:
 
 @dataclass(frozen=True, eq=False)
 class LayerKind:
-    """One layer alone and two layers, computed again or kept; their difference is what a layer costs."""
+    """One layer alone and two layers, recomputed or kept; their difference is what a further layer costs."""
 
-    one: Piece
-    two: Piece
+    one: LayerTrace
+    two: LayerTrace
 
-    def each(self, quantity: Callable[[Piece], float]) -> float:
+    def each(self, quantity: Callable[[LayerTrace], float]) -> float:
         """A quantity of one layer."""
         return quantity(self.two) - quantity(self.one)
 
 
 @dataclass(frozen=True)
-class ChunkCost:
-    """Prices a chunk of layers out of its pieces.
+class ChunkTrace:
+    """One micro-batch through a chunk of layers, put together from traces of few.
 
     Args:
         ends: the chunk's first layer with its embedding and head.
@@ -123,11 +130,11 @@ class ChunkCost:
         layers: the kind of each layer, first to last.
     """
 
-    ends: Piece
+    ends: LayerTrace
     has_head: bool
     layers: tuple[LayerKind, ...]
 
-    def total(self, quantity: Callable[[Piece], float]) -> float:
+    def total(self, quantity: Callable[[LayerTrace], float]) -> float:
         """A quantity that adds up over layers."""
         return quantity(self.ends) + sum(count * kind.each(quantity) for kind, count in self._further.items())
 
@@ -135,6 +142,16 @@ class ChunkCost:
     def _further(self) -> Counter[LayerKind]:
         """Layers beyond the first by kind."""
         return Counter(self.layers[1:])
+
+    @cached_property
+    def kept(self) -> int:
+        """Bytes that stay between the forward and the backward pass."""
+        return int(self.total(lambda trace: trace.kept))
+
+    @cached_property
+    def kept_for_weights(self) -> int:
+        """Bytes that stay after the input part of a split backward pass."""
+        return int(self.total(lambda trace: trace.kept_for_weights))
 
     @cached_property
     def forward_excess(self) -> float:
@@ -148,28 +165,29 @@ class ChunkCost:
         freed = 0.0
         for kind in reversed(self.layers):
             excess = max(excess, kind.two.backward_excess - freed)
-            freed += kind.each(lambda piece: piece.kept)
+            freed += kind.each(lambda trace: trace.kept)
         return excess
 
 
-def chunk_cost(shape: PieceShape, chunk: Chunk) -> ChunkCost:
-    """The cost of one micro-batch through ``chunk``."""
-    again = tuple(shape.recompute.whole_layer(index) for index in chunk.layers)
-    return _chunk_cost(shape, again, chunk.is_first, chunk.is_last)
+def trace_chunk(shape: LayerShape, chunk: Chunk) -> ChunkTrace:
+    """One micro-batch through ``chunk``."""
+    recomputed = tuple(shape.recompute.whole_layer(index) for index in chunk.layers)
+    return _trace_chunk(shape, recomputed, chunk.is_first, chunk.is_last)
 
 
 @cache
-def _chunk_cost(shape: PieceShape, again: tuple[bool, ...], has_embedding: bool, has_head: bool) -> ChunkCost:
-    first = _with_kind(shape, again[0])
-    ends = trace_piece(replace(first, has_embedding=has_embedding, has_head=has_head))
+def _trace_chunk(shape: LayerShape, recomputed: tuple[bool, ...], has_embedding: bool, has_head: bool) -> ChunkTrace:
+    first = _of_kind(shape, recomputed[0])
+    ends = trace_layers(replace(first, has_embedding=has_embedding, has_head=has_head))
     kinds = {}
-    for is_recomputed in set(again):
-        one = _with_kind(shape, is_recomputed)
-        kinds[is_recomputed] = LayerKind(trace_piece(one), trace_piece(replace(one, layers=2)))
-    return ChunkCost(ends, has_head, tuple(kinds[is_recomputed] for is_recomputed in again))
+    for is_recomputed in set(recomputed):
+        one = _of_kind(shape, is_recomputed)
+        kinds[is_recomputed] = LayerKind(trace_layers(one), trace_layers(replace(one, layers=2)))
+    return ChunkTrace(ends, has_head, tuple(kinds[is_recomputed] for is_recomputed in recomputed))
 
 
-def _with_kind(shape: PieceShape, is_recomputed: bool) -> PieceShape:
+def _of_kind(shape: LayerShape, is_recomputed: bool) -> LayerShape:
+    """Every layer of a trace is of one kind, so the interval of recomputation falls away."""
     if shape.recompute.mode != "full":
         return shape
     return replace(shape, recompute=Recompute("full" if is_recomputed else "none"))
@@ -177,7 +195,7 @@ def _with_kind(shape: PieceShape, is_recomputed: bool) -> PieceShape:
 
 @contextmanager
 def fake_world() -> Iterator[None]:
-    """Within, pieces can be traced: a world of torch's fake backend, whose collectives move nothing."""
+    """Within, layers can be traced: a world of torch's fake backend, whose collectives move nothing."""
     start_fake_process_group(0, _LARGEST_GROUP)
     try:
         yield
@@ -187,21 +205,21 @@ def fake_world() -> Iterator[None]:
 
 
 @cache
-def trace_piece(shape: PieceShape) -> Piece:
-    """Runs a piece once, on tensors without data."""
+def trace_layers(shape: LayerShape) -> LayerTrace:
+    """Runs some layers once, on tensors without data."""
     context = _context(shape)
     groups = {} if context.tp.group is None else {str(context.tp.group.group_name): "tp"}
     dtype = DTYPES[shape.precision]
     with FakeTensorMode(allow_non_fake_inputs=True):
         chunk = Chunk(range(shape.layers), shape.has_embedding, shape.has_head)
         stage = FAMILIES[shape.model.family](shape.model, context, chunk, dtype, shape.recompute)
-        _take_gradients(stage, context, shape.past_autograd)
+        _take_gradients(stage, context, shape.main_gradients)
         batch = _batch(shape)
         with Recorder(groups) as recorder:
-            return _run(stage, batch, recorder, shape)
+            return _record(stage, batch, recorder, shape)
 
 
-def _context(shape: PieceShape) -> ParallelContext:
+def _context(shape: LayerShape) -> ParallelContext:
     tp = Axis()
     if shape.tensor > 1:
         tp = Axis(shape.tensor, 0, tuple(range(shape.tensor)), _tensor_group(shape.tensor))
@@ -215,13 +233,13 @@ def _context(shape: PieceShape) -> ParallelContext:
 
 @cache
 def _tensor_group(size: int) -> dist.ProcessGroup:
-    assert dist.is_initialized(), "pieces are traced within fake_world()"
+    assert dist.is_initialized(), "layers are traced within fake_world()"
     return dist.new_group(list(range(size)), backend="fake")
 
 
-def _take_gradients(stage: Transformer, context: ParallelContext, past_autograd: bool) -> None:
+def _take_gradients(stage: Transformer, context: ParallelContext, main_gradients: bool) -> None:
     """Gradients go where the real run has them go: into fp32 buckets, or to FSDP2, which takes each at once."""
-    if past_autograd:
+    if main_gradients:
         data_parallel = BucketedDataParallel(nn.ModuleList([stage]), context, shard=False)
         data_parallel.begin_step(1)
         return
@@ -233,7 +251,7 @@ def _take_gradients(stage: Transformer, context: ParallelContext, past_autograd:
         parameter.register_post_accumulate_grad_hook(taken)
 
 
-def _batch(shape: PieceShape) -> MicroBatch:
+def _batch(shape: LayerShape) -> MicroBatch:
     size = shape.micro_batch_size, shape.sequence_length
     tokens = torch.zeros(size, dtype=torch.int64)
     allowed = None
@@ -242,7 +260,7 @@ def _batch(shape: PieceShape) -> MicroBatch:
     return MicroBatch(tokens, tokens, torch.ones(size), tokens, "plan", allowed)
 
 
-def _run(stage: Transformer, batch: MicroBatch, recorder: Recorder, shape: PieceShape) -> Piece:
+def _record(stage: Transformer, batch: MicroBatch, recorder: Recorder, shape: LayerShape) -> LayerTrace:
     """One forward and one backward pass as the pipeline engine runs them."""
     dtype = DTYPES[shape.precision]
     received: Tensor | None = None
@@ -253,25 +271,28 @@ def _run(stage: Transformer, batch: MicroBatch, recorder: Recorder, shape: Piece
         if not shape.has_embedding:
             received = torch.empty(hidden_shape, dtype=dtype).requires_grad_()
         out = stage(received, batch)
+        # As in the engine: what was sent is let go of, its place in the autograd graph is enough.
         result = stage.loss(out, batch) if shape.has_head else get_gradient_edge(out)
         del out
+    # What is alive now stays until the backward pass; the peak above it is the forward pass' own.
     kept = recorder.live
     forward_excess = recorder.peak - kept
     products = stage.context.weight_products
     with recorder.section() as backward:
         gradient = torch.ones(()) if shape.has_head else torch.empty(hidden_shape, dtype=dtype)
-        put_off: list[WeightProduct] = []
-        with products.put_off() if shape.splits_backward else nullcontext(put_off) as put_off:
+        deferred: list[WeightProduct] = []
+        with products.put_off() if shape.splits_backward else nullcontext(deferred) as deferred:
             torch.autograd.backward(result, gradient)
         del result, gradient
     backward_excess = recorder.peak - kept
     kept_for_weights = recorder.live
-    weight_products = None
+    backward_weight = None
     if shape.splits_backward:
-        with recorder.section() as weight_products, torch.no_grad():
-            while put_off:
-                put_off.pop(0)()
+        # The deferred products release their operands one after the other.
+        with recorder.section() as backward_weight, torch.no_grad():
+            while deferred:
+                deferred.pop(0)()
         backward_excess = max(backward_excess, recorder.peak - kept)
-    return Piece(
-        forward, backward, weight_products, kept, kept_for_weights, forward_excess, backward_excess, hidden_bytes
+    return LayerTrace(
+        forward, backward, backward_weight, kept, kept_for_weights, forward_excess, backward_excess, hidden_bytes
     )

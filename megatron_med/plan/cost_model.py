@@ -1,18 +1,19 @@
-"""Seconds of a trace on an accelerator: every kernel by what bounds it, collectives beside computation."""
+"""Seconds on an accelerator: of every kernel by what bounds it, of every collective, and of a trace of both."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_med.parallel.trace import Collective, Event, Kernel, Trace, Wait
+from megatron_med.parallel.context import Axis
 from megatron_med.plan.cluster import Cluster
+from megatron_med.tracing.trace import Collective, Event, Kernel, Trace, Wait
 
 
 @dataclass(frozen=True)
-class Software:
-    """Properties of the software that a prediction takes as given.
+class KernelAssumptions:
+    """How the software of a run is implemented; a prediction takes it as given.
 
     Attributes:
         elementwise: separate, every operation is a kernel that reads and writes memory; fused, neighbouring ones
@@ -27,39 +28,54 @@ class Software:
     messages: Literal["asynchronous", "blocking"] = "asynchronous"
 
 
-@dataclass(frozen=True)
-class Pricer:
-    """Turns events into seconds.
+class CostModel:
+    """What things cost on a cluster, in seconds.
 
     Args:
         cluster: where they run.
-        software: how they are implemented.
-        element_bytes: of the activations.
-        groups: ranks of each group by the label that traces use; others take the ranks they were traced with.
+        kernels: how they are implemented.
+        itemsize: bytes of an element of the activations.
     """
 
-    cluster: Cluster
-    software: Software
-    element_bytes: int
-    groups: dict[str, tuple[int, ...]]
+    def __init__(self, cluster: Cluster, kernels: KernelAssumptions, itemsize: int) -> None:
+        self.cluster = cluster
+        self.kernels = kernels
+        self._itemsize = itemsize
+        self._known: dict[tuple[Trace, tuple[float, float], bool], float] = {}
 
-    def seconds(self, trace: Trace, free_collectives: bool = False) -> float:
-        """From the first event to the end of the last kernel and collective; ``free_collectives`` take no time."""
-        clock = 0.0
-        free: dict[str, float] = {}
-        ends: dict[int, float] = {}
-        for event in self._fused(trace):
+    def trace(self, trace: Trace | None, groups: Mapping[str, Axis], free_collectives: bool = False) -> float:
+        """From the first event to the end of the last kernel and collective; computed once for each trace.
+
+        Args:
+            trace: None: nothing runs.
+            groups: the ranks of tp, the only group that layers talk to; a trace was taken on other ranks.
+            free_collectives: collectives take no time.
+        """
+        if trace is None:
+            return 0.0
+        key = trace, self.cluster.bandwidth(groups["tp"].ranks), free_collectives
+        if key not in self._known:
+            self._known[key] = self._run(trace, groups, free_collectives)
+        return self._known[key]
+
+    def _run(self, trace: Trace, groups: Mapping[str, Axis], free_collectives: bool) -> float:
+        """Two streams: kernels follow each other, and so do the collectives of a group."""
+        clock = 0.0  # of the kernels
+        idle_from: dict[str, float] = {}  # group -> end of its last collective
+        ends: dict[int, float] = {}  # collective -> its end
+        for event in self._launches(trace):
             if isinstance(event, Wait):
                 clock = max(clock, ends[event.number])
             elif isinstance(event, Collective):
-                start = max(clock, free.get(event.group, 0.0))
-                took = 0.0 if free_collectives else self.collective(event)
-                ends[event.number] = free[event.group] = start + took
+                start = max(clock, idle_from.get(event.group, 0.0))
+                ranks = groups[event.group].ranks if event.group in groups else event.ranks
+                took = 0.0 if free_collectives else self.transfer(event.operation, event.size, ranks)
+                ends[event.number] = idle_from[event.group] = start + took
             else:
-                clock = self.beside(clock, self.kernel(event), max(free.values(), default=0.0))
+                clock = self.overlapped(clock, self.kernel(event), max(idle_from.values(), default=0.0))
         return max([clock, *ends.values()])
 
-    def beside(self, clock: float, seconds: float, busy_until: float) -> float:
+    def overlapped(self, clock: float, seconds: float, busy_until: float) -> float:
         """End of computation that begins at ``clock`` and shares the device with collectives until ``busy_until``."""
         kind = self.cluster.accelerator
         rate = 1 - kind.collective_multiprocessors / kind.multiprocessors
@@ -69,7 +85,7 @@ class Pricer:
         return clock + shared + (seconds - shared * rate)
 
     def kernel(self, kernel: Kernel) -> float:
-        """Seconds of one kernel that has the device for itself."""
+        """Of one kernel that has the device for itself."""
         kind = self.cluster.accelerator
         moved = sum(kernel.reads.values()) + sum(kernel.writes.values())
         seconds = self.memory(moved)
@@ -78,23 +94,18 @@ class Pricer:
             efficiency = kind.product_efficiency(rows, columns, batch)
             seconds = max(seconds, kernel.flops / (kind.peak_flops * efficiency))
         elif kernel.kind != "elementwise":
-            if self.software.attention == "scores":
+            if self.kernels.attention == "scores":
                 return self._scores(kernel)
             seconds = max(seconds, kernel.flops / (kind.peak_flops * self._attention_share(kernel)))
         return seconds + kind.kernel_seconds
 
     def memory(self, moved: float) -> float:
-        """Seconds to move bytes through the device memory."""
+        """To move bytes through the device memory."""
         kind = self.cluster.accelerator
         return moved / (kind.memory_bandwidth * kind.memory_share)
 
-    def collective(self, event: Collective) -> float:
-        """Seconds of one collective that has its links for itself (ring algorithms)."""
-        ranks = self.groups.get(event.group, event.ranks)
-        return self.transfer(event.operation, event.size, ranks)
-
     def transfer(self, operation: str, size: float, ranks: tuple[int, ...]) -> float:
-        """Seconds of a collective over ``ranks``; of a message between the two of them."""
+        """Of a collective over ``ranks`` that has its links for itself, in a ring; of a message between two of them."""
         if len(ranks) < 2:
             return 0.0
         bandwidth, latency = self.cluster.bandwidth(ranks)
@@ -102,7 +113,7 @@ class Pricer:
         return hops * latency + wire_bytes(operation, size, len(ranks)) / bandwidth
 
     def _attention_share(self, kernel: Kernel) -> float:
-        kind, first = self.cluster.accelerator, self.software.attention == "flash1"
+        kind, first = self.cluster.accelerator, self.kernels.attention == "flash1"
         if kernel.kind == "attention_forward":
             return kind.attention1_forward if first else kind.attention_forward
         return kind.attention1_backward if first else kind.attention_backward
@@ -113,18 +124,18 @@ class Pricer:
         heads, seq, keys, width = kernel.shape
         scores = float(heads * seq * keys)
         operands = heads * (seq + keys) * width
-        product_bytes = self.element_bytes * (scores + operands)
+        product_bytes = self._itemsize * (scores + operands)
         efficiency = kind.product_efficiency(seq, keys, heads)
         product = max(2 * scores * width / (kind.peak_flops * efficiency), self.memory(product_bytes))
         is_forward = kernel.kind == "attention_forward"
         # forward: softmax reads and writes, dropout reads and writes; backward: the same and the softmax read again
         passes = 4 if is_forward else 5
-        softmax = self.memory((passes * self.element_bytes + 1) * scores)
+        softmax = self.memory((passes * self._itemsize + 1) * scores)
         return (2 if is_forward else 4) * (product + kind.kernel_seconds) + softmax + 2 * kind.kernel_seconds
 
-    def _fused(self, trace: Trace) -> Iterable[Event]:
+    def _launches(self, trace: Trace) -> Iterable[Event]:
         """The events, runs of element-wise kernels as one where the software fuses them."""
-        if self.software.elementwise == "separate":
+        if self.kernels.elementwise == "separate":
             yield from trace.events
             return
         run: list[Kernel] = []
@@ -133,11 +144,11 @@ class Pricer:
                 run.append(event)
                 continue
             if run:
-                yield _one_kernel(run, place, trace.deaths)
+                yield _fuse(run, place, trace.deaths)
                 run = []
             yield event
         if run:
-            yield _one_kernel(run, len(trace.events), trace.deaths)
+            yield _fuse(run, len(trace.events), trace.deaths)
 
 
 def wire_bytes(operation: str, size: float, ranks: int) -> float:
@@ -156,8 +167,8 @@ def wire_hops(operation: str, ranks: int) -> int:
     return ranks - 1 if operation in ("all_gather", "reduce_scatter") else 1
 
 
-def _one_kernel(run: list[Kernel], end: int, deaths: dict[int, int]) -> Kernel:
-    """What a run of kernels reads from outside, and what of it lives on."""
+def _fuse(run: list[Kernel], end: int, deaths: Mapping[int, int]) -> Kernel:
+    """What a run of kernels that ends before event ``end`` reads from outside, and what of it lives on."""
     made: dict[int, int] = {}
     reads: dict[int, int] = {}
     for kernel in run:

@@ -1,0 +1,137 @@
+"""The largest memory of a step on one rank of each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from megatron_med.parallel.schedule import GENERATORS, Action, Forward
+from megatron_med.parallel.simulation import alive_during, messages_waiting, simulate
+from megatron_med.plan.stage_model import StageModel
+
+BATCH_BYTES = 3 * 8 + 4
+"""Of a token on the device: token, label and position in int64, loss mask in fp32."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank.
+
+    Attributes:
+        weights: that the model computes with.
+        gradients: fp32 sums, whole and in slices.
+        optimizer: fp32 masters and both moments.
+        activations: at the peak of the schedule.
+        temporary: micro-batches, messages under way, gathered or travelling buckets.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    temporary: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.gradients + self.optimizer + self.activations + self.temporary
+
+
+def peak_memories(stages: list[StageModel]) -> list[Memory]:
+    """Of one rank of each stage."""
+    config = stages[0].config
+    parallel = config.parallel
+    few = stages[0].micro_batches
+    if parallel.schedule != "gpipe":
+        # After as many micro-batches as a pipeline has places the schedule repeats itself; gpipe keeps them all.
+        few = min(few, 2 * parallel.pipeline * parallel.virtual_stages)
+    waiting = _messages_waiting(
+        parallel.schedule, len(stages), few, parallel.virtual_stages, int(parallel.overlap.pipeline)
+    )
+    return [_peak_memory(stage, messages) for stage, messages in zip(stages, waiting, strict=True)]
+
+
+@cache
+def _messages_waiting(
+    schedule_name: str, stages: int, micro_batches: int, chunks: int, ahead: int
+) -> list[dict[Action, int]]:
+    schedule = GENERATORS[schedule_name](stages, micro_batches, chunks)
+    return messages_waiting(schedule, simulate(schedule), ahead)
+
+
+def _peak_memory(stage: StageModel, messages: Mapping[Action, int]) -> Memory:
+    """
+    Args:
+        stage: any.
+        messages: its actions in order, with the messages that it has sent and still keeps while each runs.
+    """
+    config, state, traces = stage.config, stage.state, stage.traces
+    alive = alive_during(list(messages), lambda chunk: traces[chunk].kept, lambda chunk: traces[chunk].kept_for_weights)
+    # One message more is received ahead of time.
+    received_ahead = int(config.parallel.overlap.pipeline)
+    activations, sent = 0.0, 0
+    for action, kept in alive:
+        trace = traces[action.chunk]
+        here = kept + (trace.forward_excess if isinstance(action, Forward) else trace.backward_excess)
+        waiting = 0
+        if config.parallel.pipeline > 1:
+            waiting = (messages[action] + received_ahead) * stage.hidden_bytes
+        if here + waiting > activations + sent:
+            activations, sent = here, waiting
+    # All micro-batches of a step are on the device; kept apart, each sample has its mask of all pairs of tokens.
+    samples = stage.micro_batches * config.train.micro_batch_size
+    length = config.data.sequence_length
+    batch = samples * length * (BATCH_BYTES + (length if config.data.isolate_documents else 0))
+    if config.parallel.sharding == "full":
+        others = sent + _gathered_layers(stage, activations)
+    else:
+        # Travelling buckets and gathered weights peak at other moments than activations: only what rises above counts.
+        others = max(sent, _while_reducing(stage) - activations, _gathered_weights(stage) - activations)
+    return Memory(state.weights, state.gradients, state.optimizer, activations, batch + others)
+
+
+def _while_reducing(stage: StageModel) -> float:
+    """Activations and travelling buckets at the worst moment of a step's last backward passes: a bucket is on its way
+    until the next one is complete, and as buckets complete, activations go."""
+    state, traces = stage.state, stage.traces
+    if not state.is_sharded:
+        return 0.0
+    total = sum(bucket.elements for bucket in state.buckets)
+    kept, excess = max(trace.kept for trace in traces), max(trace.backward_excess for trace in traces)
+    worst, done, before = 0.0, 0, 0
+    for bucket in reversed(state.buckets):
+        buffer = bucket.slice * state.shards
+        done += bucket.elements
+        left = kept * (1 - done / total)
+        worst = max(worst, left + excess + 4.0 * (buffer + before))
+        before = buffer
+    return worst
+
+
+def _gathered_weights(stage: StageModel) -> float:
+    """Updated weights on their way, before the first layer has waited for its own."""
+    state = stage.state
+    if not state.is_sharded:
+        return 0.0
+    return float(stage.itemsize * sum((state.shards + 1) * bucket.slice for bucket in state.buckets))
+
+
+def _gathered_layers(stage: StageModel, activations: float) -> float:
+    """FSDP2 holds whole: two layers and the chunk's own parameters; in a pipeline all of them, until their last
+    backward pass. One layer's gradients travel in fp32 when its activations are gone, those of embedding and head
+    when all are."""
+    layers: dict[str, int] = {}
+    others = 0
+    for held in stage.state.parameters:
+        if held.layout.name.startswith("layers."):
+            key = held.layout.name.split(".")[1]
+            layers[key] = layers.get(key, 0) + held.elements
+        else:
+            others += held.elements
+    largest = max(layers.values())
+    whole = sum(layers.values()) if stage.config.parallel.pipeline > 1 else min(2, len(layers)) * largest
+    travelling = 4 + stage.itemsize
+    layer_kept = stage.traces[-1].layers[-1].each(lambda trace: trace.kept)
+    return stage.itemsize * (whole + others) + max(
+        0, travelling * largest - layer_kept, travelling * others - activations
+    )

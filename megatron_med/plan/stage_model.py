@@ -1,0 +1,276 @@
+"""What a plan knows of one pipeline stage: what a rank of it holds, what it runs, and with whom it talks.
+
+The stage is really built, on the meta device, and its passes are traces of the code that will run. Memory, traffic and
+time are read from this one model (``memory.py``, ``traffic.py``, ``step_time.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from megatron_med.config import Config
+from megatron_med.config.layers import Chunk
+from megatron_med.model.build import DTYPES, build_chunks
+from megatron_med.model.recompute import Recompute
+from megatron_med.model.transformer import Transformer
+from megatron_med.parallel.buckets import BucketedDataParallel
+from megatron_med.parallel.context import Axis, ParallelContext
+from megatron_med.parallel.parameters import ParameterLayout, layout_of
+from megatron_med.parallel.schedule import GENERATORS, Action, Forward, Schedule
+from megatron_med.plan.cluster import Cluster
+from megatron_med.plan.layer_trace import ChunkTrace, shape_of, trace_chunk
+
+
+@dataclass(frozen=True)
+class HeldParameter:
+    """A tensor-parallel shard of a parameter, in elements.
+
+    Attributes:
+        elements: of the shard.
+        slice: of the largest data-parallel slice of it.
+    """
+
+    layout: ParameterLayout
+    elements: int
+    slice: int
+
+
+@dataclass(frozen=True)
+class GradientBucket:
+    """Gradients that are reduced in one call, in elements.
+
+    Attributes:
+        elements: of all of them.
+        slice: that one data-parallel rank keeps, padded.
+    """
+
+    elements: int
+    slice: int
+
+
+@dataclass(frozen=True)
+class ShardedUnit:
+    """What FSDP2 gathers in one call.
+
+    Attributes:
+        elements: padded to the ranks.
+        stays: it is the chunk's own (embedding, norm, head), which keeps its weights from forward to backward.
+    """
+
+    elements: int
+    stays: bool
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """What one rank of a stage holds before any micro-batch comes.
+
+    Attributes:
+        chunks: the stage's parts of the model, first to last.
+        parameters: what one rank holds of each.
+        shards: data-parallel ranks that hold different slices.
+        buckets: in the order of the forward pass; none under FSDP2.
+        weights, gradients, optimizer: bytes.
+    """
+
+    chunks: list[Chunk]
+    parameters: list[HeldParameter]
+    shards: int
+    buckets: list[GradientBucket]
+    weights: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def elements(self) -> int:
+        """Parameters of one rank."""
+        return sum(held.elements for held in self.parameters)
+
+    @property
+    def owned(self) -> int:
+        """Parameters that one rank updates."""
+        return sum(held.slice for held in self.parameters)
+
+    @property
+    def tied(self) -> int:
+        """Owned parameters whose gradients the first and the last stage sum."""
+        return sum(held.slice for held in self.parameters if held.layout.shared)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether data-parallel ranks hold different slices."""
+        return self.shards > 1
+
+
+@dataclass(frozen=True)
+class PlacedStage:
+    """A stage without its micro-batches: what all sizes of micro-batches have in common.
+
+    Attributes:
+        state: of one rank.
+        groups: tp, dp_shard, dp_replicate, dp, pp, embedding, world: the axes of one of its ranks, without process
+            groups. Of each kind the group that is spread over the most nodes, for all groups wait for the slowest.
+    """
+
+    state: ModelState
+    groups: Mapping[str, Axis]
+
+
+@dataclass(frozen=True)
+class StageModel:
+    """One pipeline stage of a run; its tensor- and data-parallel ranks are alike.
+
+    Attributes:
+        config: the run.
+        place: what a rank holds and with whom it talks.
+        traces: one micro-batch through each of its chunks.
+        actions: of one step, in order.
+    """
+
+    config: Config
+    place: PlacedStage
+    traces: list[ChunkTrace]
+    actions: list[Action]
+
+    @property
+    def state(self) -> ModelState:
+        return self.place.state
+
+    @property
+    def groups(self) -> Mapping[str, Axis]:
+        return self.place.groups
+
+    @property
+    def index(self) -> int:
+        """Of the stage in the pipeline."""
+        return self.groups["pp"].rank
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element that the model computes with."""
+        return DTYPES[self.config.precision].itemsize
+
+    @property
+    def hidden_bytes(self) -> int:
+        """Of the hidden states of a micro-batch between two stages."""
+        return self.traces[0].ends.hidden_bytes
+
+    @cached_property
+    def micro_batches(self) -> int:
+        """That go through every chunk in a step."""
+        return sum(isinstance(action, Forward) and action.chunk == 0 for action in self.actions)
+
+    def sharded_units(self, chunk: int) -> list[ShardedUnit]:
+        """The layers of a chunk and what is around them, as FSDP2 gathers them."""
+        own, ranks = self.state.chunks[chunk], self.groups["dp_shard"].size
+        layers = {str(layer): 0 for layer in own.layers}
+        around = 0
+        for held in self.state.parameters:
+            kind, *rest = held.layout.name.split(".")
+            if kind == "layers" and rest[0] in layers:
+                layers[rest[0]] += held.slice * ranks
+            elif (kind == "embedding" and own.is_first) or (kind not in ("layers", "embedding") and own.is_last):
+                around += held.slice * ranks
+        units = [ShardedUnit(elements, False) for elements in layers.values()]
+        return units + ([ShardedUnit(around, True)] if around else [])
+
+
+def model_stages(config: Config, placed: list[PlacedStage]) -> list[StageModel]:
+    """Adds the traces of every chunk and the schedule."""
+    parallel, train = config.parallel, config.train
+    shape = shape_of(config)
+    micro_batches = train.global_batch_size // (train.micro_batch_size * placed[0].groups["dp"].size)
+    schedule: Schedule = GENERATORS[parallel.schedule](parallel.pipeline, micro_batches, parallel.virtual_stages)
+    return [
+        StageModel(config, place, [trace_chunk(shape, chunk) for chunk in place.state.chunks], actions)
+        for place, actions in zip(placed, schedule, strict=True)
+    ]
+
+
+def place_stages(config: Config, cluster: Cluster) -> list[PlacedStage]:
+    """Every stage on its ranks of the cluster, built on the meta device."""
+    placed = []
+    for stage in range(config.parallel.pipeline):
+        groups = _groups(config, cluster, stage)
+        placed.append(PlacedStage(_build(config, stage, groups), groups))
+    return placed
+
+
+def _groups(config: Config, cluster: Cluster, stage: int) -> dict[str, Axis]:
+    parallel = config.parallel
+    tensor, world_size = parallel.tensor, cluster.world_size
+    dp = world_size // (tensor * parallel.pipeline)
+    grid = torch.arange(world_size).view(parallel.pipeline, parallel.replicate, dp // parallel.replicate, tensor)
+    own = grid[stage]
+
+    def worst(groups: Tensor, rank: int = 0) -> Axis:
+        """Of ``[groups, ranks]``."""
+        lines = groups.tolist()
+        ranks = max(lines, key=lambda line: len({one // cluster.gpus_per_node for one in line}))
+        return Axis(len(ranks), rank, tuple(ranks))
+
+    pipelines = grid.flatten(1).t()
+    ends = pipelines[:, [0, -1]] if parallel.pipeline > 1 else pipelines
+    is_end = stage in (0, parallel.pipeline - 1)
+    return {
+        "tp": worst(own.flatten(0, 1)),
+        "dp_shard": worst(own.movedim(1, -1).flatten(0, 1)),
+        "dp_replicate": worst(own.movedim(0, -1).flatten(0, 1)),
+        "dp": worst(own.flatten(0, 1).t()),
+        "pp": worst(pipelines, stage),
+        "embedding": worst(ends, int(stage > 0)) if is_end else Axis(),
+        "world": worst(grid.reshape(1, -1)),
+    }
+
+
+def _build(config: Config, stage: int, groups: Mapping[str, Axis]) -> ModelState:
+    """Builds a stage as the first of its tensor- and data-parallel ranks would, without memory."""
+    parallel = config.parallel
+    shard, replicate = groups["dp_shard"], groups["dp_replicate"]
+    context = ParallelContext(
+        device=torch.device("meta"),
+        tp=Axis(parallel.tensor),
+        pp=Axis(parallel.pipeline, stage),
+        dp=Axis(shard.size * replicate.size),
+        dp_shard=shard,
+        dp_replicate=replicate,
+        sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
+    )
+    chunks = build_chunks(config.model, context, DTYPES[config.precision], parallel, Recompute())
+    shards = 1 if parallel.sharding == "none" else shard.size
+    parameters = [_held(parameter, shards) for parameter in chunks.parameters()]
+    layers = [cast(Transformer, chunk).chunk for chunk in chunks]
+    elements = sum(held.elements for held in parameters)
+    if parallel.sharding == "full":
+        owned = sum(held.slice for held in parameters)
+        # FSDP2 sums the gradients of several backward passes whole where it does not cut them after each
+        gradients = elements if parallel.pipeline > 1 else owned
+        return ModelState(layers, parameters, shards, [], 4.0 * owned, 4.0 * gradients, 8.0 * owned)
+    data_parallel = BucketedDataParallel(chunks, context, shard=parallel.sharding == "optimizer")
+    buckets = [GradientBucket(sum(p.numel() for p in b.parameters), b.row) for b in data_parallel.buckets]
+    own_masters = [item.master for item in data_parallel.owned if not _same_memory(item.master, item.parameter)]
+    return ModelState(
+        layers,
+        parameters,
+        shards,
+        buckets,
+        weights=sum(parameter.numel() * parameter.element_size() for parameter in chunks.parameters()),
+        gradients=4.0 * elements + (4.0 * sum(bucket.slice for bucket in buckets) if shards > 1 else 0.0),
+        optimizer=4.0 * sum(m.numel() for m in own_masters) + 8.0 * sum(i.master.numel() for i in data_parallel.owned),
+    )
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def _held(parameter: nn.Parameter, shards: int) -> HeldParameter:
+    layout = layout_of(parameter)
+    length = parameter.shape[layout.dp_dim]
+    return HeldParameter(layout, parameter.numel(), parameter.numel() // length * -(-length // shards))

@@ -1,0 +1,1 @@
+"""What real code does, written down: kernels, collectives, waits and memory, over tensors with or without data."""
