@@ -1,14 +1,17 @@
-"""Seconds on an accelerator: of every kernel by what bounds it, of every collective, and of a trace of both."""
+"""Seconds on an accelerator: of every kernel by what bounds it, of every collective, and of a trace of both. No torch
+here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from megatron_med.parallel.context import Axis
 from megatron_med.plan.cluster import Cluster
 from megatron_med.tracing.trace import Collective, Event, Kernel, Trace, Wait
+
+if TYPE_CHECKING:
+    from megatron_med.parallel.context import Axis
 
 
 @dataclass(frozen=True)

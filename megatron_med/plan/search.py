@@ -78,7 +78,9 @@ def search(config: Config, cluster: Cluster, kernels: KernelAssumptions | None =
     """
     one_tensor_size = partial(_search_tensor_size, config, cluster, kernels or KernelAssumptions())
     tensor_sizes = [tensor for tensor in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % tensor == 0]
-    with ProcessPoolExecutor(max(1, min(os.cpu_count() or 1, len(tensor_sizes))), get_context("spawn")) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["megatron_med.plan.search"])  # imported once, not by every worker
+    with ProcessPoolExecutor(max(1, min(os.cpu_count() or 1, len(tensor_sizes))), context) as pool:
         results = list(pool.map(one_tensor_size, tensor_sizes))
     best = sorted((plan for result in results for plan in result.best), key=lambda plan: plan.step_seconds)
     return SearchResult(

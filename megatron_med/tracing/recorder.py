@@ -107,6 +107,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if function.namespace == "prim":  # a question about a tensor: its device
+            return function(*args, **kwargs)
         if function.namespace == "c10d":
             return self._communicate(function, args, kwargs)
         if function is torch.ops.aten._fused_sdp_choice.default and isinstance(args[0], FakeTensor):
