@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,6 +14,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
+
+from tests.ranks import start_server
+from tests.signals import let_children_be_interrupted
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -24,6 +29,40 @@ hypothesis.settings.register_profile(  # shared machines: an example may take lo
 )
 hypothesis.settings.load_profile("shared machine")
 torch.set_num_threads(1)
+let_children_be_interrupted()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="the tests that take minutes, too (marker slow)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the slow tests, but with ``--all``."""
+    if not config.getoption("--all"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
+TOGETHER = (
+    "tests/cli/test_corpus.py",
+    "tests/cli/test_preprocess.py",
+    "tests/cli/test_slurm.py",
+    "tests/distributed/test_checkpoint_topology.py",
+    "tests/golden/test_added_tokens.py",
+)
+"""Modules that make something costly once: one worker runs all of their tests, and begins with them."""
+
+
+class _Scheduler(LoadScopeScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.split("::")[0]
+        return module if module in TOGETHER else nodeid
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """Deals out the tests one by one, some modules whole."""
+    return _Scheduler(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +109,10 @@ def sentence_data(tmp_path_factory: pytest.TempPathFactory, sample_tokenizer: Pa
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_cache_and_server(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests never touch the user's cache."""
     os.environ["MEGATRON_MED_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    start_server()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

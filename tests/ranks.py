@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -18,11 +21,25 @@ forkserver = multiprocessing.get_context("forkserver")
 forkserver.set_forkserver_preload(["tests.preload"])
 
 
+def start_server() -> None:
+    """Starts the server that test processes are forked from. A process has one, for whoever asks first: code under test
+    that asks for workers would have it start without torch, and every rank would import it."""
+    multiprocessing.forkserver.ensure_running()
+
+
 def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port nobody listens on. It lies below those that the system hands out (32,768), and each worker of the tests
+    has a range of its own: nobody else takes it before it is used."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    for offset in _OFFSETS:
+        port = 12_000 + worker % 10 * 2_000 + offset % 2_000
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("the offsets never end")
+
+
+_OFFSETS = itertools.count(os.getpid())
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
 
 from tests.conftest import REPOSITORY
-from tests.ranks import forkserver
+from tests.ranks import forkserver, free_port
 
 TIMEOUT = 240
+TRAIN = ("-m", "megatron_med.train")
 
 
 def write_config(folder: Path, prefix: Path, **sections: dict[str, Any]) -> Path:
@@ -61,8 +63,8 @@ def python_path() -> str:
     return sys.executable
 
 
-def python(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """``python ARGUMENTS`` in the repository."""
+def real_python(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS`` in the repository, by an interpreter of its own: where the command line is the point."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(
         command,
@@ -75,28 +77,107 @@ def python(*arguments: object, env: dict[str, str] | None = None) -> subprocess.
     )
 
 
-def train_forked(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The training command on one rank, forked from a server that has its imports loaded: seconds less than
-    ``python -m megatron_med.train`` and the same from its first line on."""
+def python(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """The same of a script, ``-m MODULE`` or ``-c CODE``, forked from a server that has torch and transformers loaded:
+    seconds less, and alike from the first line of the script on."""
+    with started_forked([str(word) for word in arguments], env=env) as process:
+        return process.communicate(TIMEOUT)
+
+
+def train(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The training command on one rank."""
+    return python(*TRAIN, *arguments)
+
+
+class ForkedProcess:
+    """A command forked from the server, in a session of its own."""
+
+    def __init__(self, arguments: list[str], env: dict[str, str], folder: Path) -> None:
+        self._out, self._err = folder / "out", folder / "err"
+        self._process = forkserver.Process(target=_run_command, args=(arguments, env, self._out, self._err))
+        self._process.start()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None, "the process was started"
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        """Exit code; None while it runs; negative where a signal has ended it."""
+        return self._process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """Exit code."""
+        self._process.join(timeout)
+        code = self.poll()
+        if code is None:
+            raise TimeoutError(f"no end in {timeout} s:\n{self.output()[-3000:]}")
+        return code
+
+    def communicate(self, timeout: float) -> subprocess.CompletedProcess[str]:
+        """Waits for the end; exit code and what was printed."""
+        code = self.wait(timeout)
+        return subprocess.CompletedProcess([], code, self._out.read_text(), self._err.read_text())
+
+    def output(self) -> str:
+        """Everything printed so far."""
+        return "".join(path.read_text() for path in (self._out, self._err) if path.exists())
+
+    def kill(self) -> None:
+        """kill -9 on the process and all that it has started."""
+        for pid in descendants(self.pid):
+            _kill(pid)
+        self._process.kill()
+        self._process.join()
+
+
+@contextmanager
+def started_forked(arguments: list[str], env: dict[str, str] | None = None) -> Iterator[ForkedProcess]:
+    """``python ARGUMENTS`` in the background; whatever is left of it at the end is killed."""
     with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder) / "out", Path(folder) / "err"
-        process = forkserver.Process(target=_train, args=([str(a) for a in arguments], str(out), str(err)))
-        process.start()
-        process.join(TIMEOUT)
-        if process.is_alive():
+        process = ForkedProcess(arguments, environment() | (env or {}), Path(folder))
+        try:
+            yield process
+        finally:
             process.kill()
-            process.join()
-            raise TimeoutError(f"no end in {TIMEOUT} s: {err.read_text()[-2000:]}")
-        assert process.exitcode is not None, "the process was joined"
-        return subprocess.CompletedProcess([], process.exitcode, out.read_text(), err.read_text())
 
 
-def _train(arguments: list[str], out: str, err: str) -> None:
+@contextmanager
+def started_ranks(ranks: Sequence[int], world_size: int, *command: object) -> Iterator[list[ForkedProcess]]:
+    """These ranks of a run, without a launcher above them."""
+    common = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with ExitStack() as stack:
+        processes = []
+        for rank in ranks:
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(stack.enter_context(started_forked([str(word) for word in command], common | own)))
+        yield processes
+
+
+def train_on_ranks(world_size: int, *arguments: object) -> None:
+    """Trains on so many ranks to the end."""
+    with started_ranks(range(world_size), world_size, *TRAIN, *arguments) as processes:
+        for process in processes:
+            assert process.wait(TIMEOUT) == 0, process.output()[-3000:]
+
+
+def _run_command(arguments: list[str], env: dict[str, str], out: Path, err: Path) -> None:
+    """What the interpreter does with ``arguments``, in a child of the server."""
+    os.setsid()
     for path, descriptor in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    from megatron_med.train.__main__ import main
-
-    sys.exit(main(arguments))
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.chdir(REPOSITORY)
+    os.environ.clear()
+    os.environ.update(env)
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 def torchrun_command(ranks: int, *arguments: object) -> list[str]:
@@ -164,13 +245,17 @@ class _Process(Protocol):
     def poll(self) -> object: ...
 
 
-def wait_for_step(run: Path, step: int, process: _Process, log: Path) -> None:
-    """Returns when metrics.jsonl has reached ``step``."""
+def wait_for_step(run: Path, step: int, process: _Process, log: Path | None = None) -> None:
+    """Returns when metrics.jsonl has reached ``step``. What was printed stands in ``log``, or the process tells it."""
+
+    def printed() -> str:
+        return log.read_text() if log is not None else process.output()  # type: ignore[attr-defined]
+
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         metrics = read_metrics(run)
         if metrics and metrics[-1]["step"] >= step:
             return
-        assert process.poll() is None, f"the run ended early:\n{log.read_text()[-3000:]}"
+        assert process.poll() is None, f"the run ended early:\n{printed()[-3000:]}"
         time.sleep(0.02)
-    raise TimeoutError(f"no step {step} in {TIMEOUT} s:\n{log.read_text()[-3000:]}")
+    raise TimeoutError(f"no step {step} in {TIMEOUT} s:\n{printed()[-3000:]}")

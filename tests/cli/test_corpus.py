@@ -25,7 +25,7 @@ from megatron_med.corpus.records import read_records
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.data.sources import recorded_tokenizer
 from megatron_med.tokenizer.special import CORPUS_TOKENS
-from tests.cli.processes import python, python_path
+from tests.cli.processes import python, python_path, real_python
 from tests.conftest import REPOSITORY
 from tests.corpora import recipe_source, write_lines
 from tests.unit.test_corpus_cleaning import pubmed_xml
@@ -61,9 +61,15 @@ def _planted(shared: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def recipe(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind of source, on all the real records of this repository's data folder."""
+def recipe(shared: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
+    """Every kind of source, on the real records of the shared data folder; of MEDLINE's abstracts a third, and all with
+    ``--all``."""
     folder = tmp_path_factory.mktemp("raw")
+    abstracts = [record for _, record in read_records(shared / "pubmed" / "abstracts_medline.jsonl")]
+    (folder / "medline").mkdir()
+    if not pytestconfig.getoption("--all"):
+        abstracts = abstracts[:3] + abstracts[3::3]  # the first ones are those of the planted records
+    write_lines(folder / "medline" / "abstracts.jsonl", abstracts)
     write_lines(folder / "planted.jsonl", _planted(shared))
     records = [record for _, record in read_records(shared / "pubmed" / "abstracts_ccby.jsonl")]
     (folder / "baseline.xml.gz").write_bytes(gzip.compress(pubmed_xml(records[:XML_RECORDS]).encode()))
@@ -86,7 +92,7 @@ def recipe(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             ),
             "abstracts": recipe_source(
                 "abstracts",
-                [pubmed / "abstracts_medline.jsonl", pubmed / "abstracts_odd.jsonl", folder / "*.jsonl"],
+                [folder / "medline" / "abstracts.jsonl", pubmed / "abstracts_odd.jsonl", folder / "*.jsonl"],
                 "MEDLINE",
                 valid=0.03,
             ),
@@ -104,7 +110,7 @@ def recipe(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def corpus(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus") / "out"
-    done = python("tools/build_corpus.py", recipe, "--output", folder, "--workers", 2)
+    done = real_python("tools/build_corpus.py", recipe, "--output", folder, "--workers", 2)
     assert done.returncode == 0, done.stderr
     assert "tokenize-join" in done.stdout
     assert done.stderr == ""
@@ -234,11 +240,15 @@ def _digests(corpus: Path) -> dict[str, bytes]:
     return {str(file.relative_to(corpus)): file.read_bytes() for file in files}
 
 
-def test_killed_and_started_again_it_is_the_same_corpus(corpus: Path, recipe: Path, tmp_path: Path) -> None:
-    """Killed twice, finished with another number of workers: same bytes, and what was finished is left alone."""
+def test_killed_and_started_again_it_is_the_same_corpus(
+    corpus: Path, recipe: Path, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """Killed (twice with ``--all``), finished with another number of workers: same bytes, and what was finished is left
+    alone."""
     folder = tmp_path / "again"
     command = [sys.executable, "tools/build_corpus.py", str(recipe), "--output", str(folder), "--workers", "1"]
-    for stage in ("extract-abstracts/completions/00001", "finish/completions/00002"):
+    stages = ["extract-abstracts/completions/00001", "finish/completions/00002"]
+    for stage in stages if pytestconfig.getoption("--all") else stages[1:]:
         mark = folder / "work" / "logs" / stage
         process = subprocess.Popen(command, cwd=REPOSITORY, start_new_session=True, stdout=subprocess.DEVNULL)
         try:
@@ -334,7 +344,7 @@ def test_another_recipe_in_the_same_folder_is_refused(recipe: Path, tmp_path: Pa
 
 def test_the_report_opens_in_a_browser(corpus: Path, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    done = python("tools/corpus_report.py", corpus, "--output", page)
+    done = real_python("tools/corpus_report.py", corpus, "--output", page)
     assert done.returncode == 0, done.stderr
     text = page.read_text()
     assert not re.search(r"(?:src|href)=[\"']?https?://", text), "nothing is fetched from elsewhere"
@@ -376,6 +386,7 @@ def test_the_report_opens_in_a_browser(corpus: Path, tmp_path: Path) -> None:
     assert len({tuple(colour) for colour in (picture[::7, ::7].reshape(-1, picture.shape[2]) * 255).astype(int)}) > 50
 
 
+@pytest.mark.slow
 def test_from_raw_records_to_a_training_run(shared: Path, tmp_path: Path) -> None:
     """The README's walk: a folder for each source, one command."""
     raw = tmp_path / "raw"

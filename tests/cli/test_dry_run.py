@@ -14,7 +14,7 @@ from megatron_med.checkpoint.folder import step_folder
 from megatron_med.config import load_config
 from megatron_med.plan.cluster import GIB, parse_cluster
 from megatron_med.plan.predict import plan
-from tests.cli.processes import train_forked, write_config
+from tests.cli.processes import train, write_config
 from tests.conftest import REPOSITORY
 
 RECIPES = sorted(path.with_suffix(".yaml") for path in (REPOSITORY / "examples").glob("*/*.sbatch"))
@@ -34,12 +34,17 @@ def _cluster_of(recipe: Path) -> tuple[str, int | None]:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_every_recipe_passes_on_the_first_a_middle_and_the_last_rank(recipe: Path) -> None:
+def test_every_recipe_passes_on_the_first_a_middle_and_the_last_rank(recipe: Path, pytestconfig: pytest.Config) -> None:
+    """Without a pipeline all ranks run the same on slices of other lengths, the last one on the shortest: without
+    ``--all`` it runs alone."""
     world_size = parse_cluster(_cluster_of(recipe)[0]).world_size
+    config = load_config([str(recipe)], world_size)
     ranks = [0, world_size // 2 + 5, world_size - 1]
+    if config.parallel.pipeline == 1 and not pytestconfig.getoption("--all"):
+        ranks = ranks[-1:]
     with ThreadPoolExecutor(2) as pool:
-        done = list(pool.map(lambda rank: train_forked(recipe, *_world(world_size, rank), "--micro-batches", 2), ranks))
-    sources = load_config([str(recipe)], world_size).data.train
+        done = list(pool.map(lambda rank: train(recipe, *_world(world_size, rank), "--micro-batches", 2), ranks))
+    sources = config.data.train
     for rank, one in zip(ranks, done, strict=True):
         assert one.returncode == 0, one.stderr[-3000:]
         assert f"rank {rank} of {world_size}" in one.stdout
@@ -50,9 +55,7 @@ def test_every_recipe_passes_on_the_first_a_middle_and_the_last_rank(recipe: Pat
 @pytest.mark.parametrize("recipe", LAPTOP, ids=lambda path: path.stem)
 def test_every_laptop_recipe_passes_on_a_first_a_middle_and_its_last_rank(recipe: Path) -> None:
     for rank in (0, 5, 7):
-        done = train_forked(
-            recipe, "--data.train", "[{path: none}]", "--data.valid", "[{path: none}]", *_world(8, rank)
-        )
+        done = train(recipe, "--data.train", "[{path: none}]", "--data.valid", "[{path: none}]", *_world(8, rank))
         assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -65,7 +68,7 @@ def test_every_recipe_fits_its_cluster(recipe: Path) -> None:
 
 def test_rank_77_of_the_70b_takes_the_memory_that_is_planned() -> None:
     recipe = REPOSITORY / "examples" / "gap_replay" / "70b.yaml"
-    done = train_forked(recipe, *_world(128, 77))
+    done = train(recipe, *_world(128, 77))
     assert done.returncode == 0, done.stderr[-3000:]
     peaks = [float(peak) for peak in re.findall(r"peak memory ([\d.]+) GiB", done.stdout)]
     cluster = parse_cluster("a100-80g:16x8")
@@ -83,22 +86,22 @@ def test_what_is_there_is_used_and_checked(sample_data: Path, tmp_path: Path) ->
         data={"sequence_length": 64},
         train={"steps": 1, "global_batch_size": 4},
     )
-    done = train_forked(config)
+    done = train(config)
     assert done.returncode == 0, done.stderr[-2000:]
     checkpoint = step_folder(tmp_path / "run" / "checkpoints", 1)
     load = ("--checkpoint.load", checkpoint, "--checkpoint.load_state", "all")
     other = tmp_path / "other"
-    done = train_forked(config, *load, "--parallel.tensor", 2, "--train.output_dir", other, *_world(4, 3))
+    done = train(config, *load, "--parallel.tensor", 2, "--train.output_dir", other, *_world(4, 3))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "absent" not in done.stdout
     assert f"{checkpoint} fits" in done.stdout
     assert not other.exists(), "a dry run writes nothing"
 
-    done = train_forked(config, *load, "--model.num_layers", 3, *_world(4, 3))
+    done = train(config, *load, "--model.num_layers", 3, *_world(4, 3))
     assert done.returncode == 2
     assert "num_layers is 4 in the checkpoint and 3" in done.stderr
 
-    done = train_forked(config, "--model.vocab_size", 256, *_world(4, 3))
+    done = train(config, "--model.vocab_size", 256, *_world(4, 3))
     assert done.returncode == 2
     assert "512 pieces" in done.stderr
 
@@ -106,14 +109,19 @@ def test_what_is_there_is_used_and_checked(sample_data: Path, tmp_path: Path) ->
 def test_a_checkpoint_whose_tensors_are_of_another_shape_is_refused(sample_data: Path, tmp_path: Path) -> None:
     """Its description was changed by hand, the tensors were not."""
     model = {"preset": "llama-tiny", "vocab_size": 512}
-    train = {"steps": 1, "global_batch_size": 4}
-    config = write_config(tmp_path, sample_data, model=model, data={"sequence_length": 64}, train=train)
-    assert train_forked(config).returncode == 0
+    config = write_config(
+        tmp_path,
+        sample_data,
+        model=model,
+        data={"sequence_length": 64},
+        train={"steps": 1, "global_batch_size": 4},
+    )
+    assert train(config).returncode == 0
     checkpoint = step_folder(tmp_path / "run" / "checkpoints", 1)
     state = json.loads((checkpoint / "state.json").read_text())
     state["model"]["ffn_hidden_size"] = 704
     (checkpoint / "state.json").write_text(json.dumps(state))
-    done = train_forked(config, "--checkpoint.load", checkpoint, "--model.ffn_hidden_size", 704, *_world(2, 0))
+    done = train(config, "--checkpoint.load", checkpoint, "--model.ffn_hidden_size", 704, *_world(2, 0))
     assert done.returncode == 2
     assert "mlp.down.weight as [128, 352], the model as [128, 704]" in done.stderr
 
@@ -126,18 +134,18 @@ def test_bad_places_in_the_world_are_refused(tmp_path: Path) -> None:
         "train": {"steps": 1, "global_batch_size": 8, "output_dir": str(tmp_path / "run")},
     }
     config.write_text(yaml.safe_dump(tree))
-    done = train_forked(config, *_world(8, 8))
+    done = train(config, *_world(8, 8))
     assert done.returncode == 2
     assert "--rank is 8: it must lie between 0 and --world-size - 1 = 7" in done.stderr
-    done = train_forked(config, "--parallel.tensor", 3, *_world(8, 0))
+    done = train(config, "--parallel.tensor", 3, *_world(8, 0))
     assert done.returncode == 2
     assert "parallel.tensor x parallel.pipeline" in done.stderr
-    done = train_forked(config, *_world(0, 0))
+    done = train(config, *_world(0, 0))
     assert "--world-size is 0" in done.stderr
-    done = train_forked(config, *_world(8, 0), "--micro-batches", -3)
+    done = train(config, *_world(8, 0), "--micro-batches", -3)
     assert done.returncode == 2
     assert "--micro-batches -3" in done.stderr
-    done = train_forked(config, "--dry-run")
+    done = train(config, "--dry-run")
     assert done.returncode == 2
     assert "--world-size" in done.stderr
 

@@ -17,19 +17,19 @@ from megatron_med.checkpoint.folder import complete_steps, resolve_checkpoint
 from megatron_med.checkpoint.storage import Reader
 from tests.cli.processes import (
     TIMEOUT,
+    TRAIN,
     descendants,
     environment,
     python_path,
     read_metrics,
     started,
+    started_ranks,
     torchrun_command,
     wait_for_step,
     write_dropout_config,
 )
 from tests.conftest import REPOSITORY
-from tests.ranks import free_port
 
-TRAIN = ("-m", "megatron_med.train")
 KILLS = 20
 
 
@@ -56,6 +56,7 @@ def _final(run: Path) -> dict[str, np.ndarray]:
     return {name: reader.read(name).numpy() for name in reader.shapes()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_twenty_kills_leave_the_final_weights_bitwise_equal(config: Path, tmp_path: Path) -> None:
     """A random rank is killed at random moments: while starting, training, saving. torchrun restarts both."""
@@ -130,6 +131,21 @@ def _await_gone(pids: list[int], process: subprocess.Popen[bytes]) -> None:
 
 def test_a_rank_that_hangs_is_named_within_the_timeout(config: Path, tmp_path: Path) -> None:
     """Rank 2 stops answering, as on a host that swaps or a device that hangs."""
+    run = tmp_path / "run"
+    grid = ("--parallel.pipeline", 2, "--train.timeout_minutes", 0.1, "--train.steps", 100000)
+    with started_ranks(range(4), 4, *TRAIN, config, *grid) as processes:
+        wait_for_step(run, 3, processes[0])
+        os.kill(processes[2].pid, signal.SIGSTOP)
+        stopped = time.monotonic()
+        others = [processes[rank] for rank in (0, 1, 3)]
+        assert [process.wait(timeout=90) for process in others] == [1, 1, 1]
+        seconds = time.monotonic() - stopped
+        text = "".join(process.output() for process in others)
+    _assert_rank_2_is_named(run, text, seconds)
+
+
+@pytest.mark.slow
+def test_torchrun_ends_when_a_rank_hangs(config: Path, tmp_path: Path) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     grid = ("--parallel.pipeline", 2, "--train.timeout_minutes", 0.1, "--train.steps", 100000)
     command = torchrun_command(4, "--shutdown-timeout", 2, *TRAIN, config, *grid)
@@ -140,7 +156,10 @@ def test_a_rank_that_hangs_is_named_within_the_timeout(config: Path, tmp_path: P
         stopped = time.monotonic()
         assert process.wait(timeout=90) == 1
         seconds = time.monotonic() - stopped
-    text = log.read_text()
+    _assert_rank_2_is_named(run, log.read_text(), seconds)
+
+
+def _assert_rank_2_is_named(run: Path, text: str, seconds: float) -> None:
     assert text.count("error: rank 2 did not answer (train.timeout_minutes is 0:00:06): hangs or has died.") == 1, text
     assert seconds < 45, f"the others took {seconds:.0f} s to end"
     record = json.loads((run / "exit.json").read_text())
@@ -195,38 +214,38 @@ def test_a_fault_of_one_rank_is_recorded_with_its_own_words(
     """The healthy ranks are not blamed, and launch scripts see whether to start again."""
     script = tmp_path / "failing.py"
     script.write_text(_FAILING.format(error=error, where=where))
+    with started_ranks(range(2), 2, script, config, "--train.steps", 1000) as processes:
+        codes = [process.wait(TIMEOUT) for process in processes]
+        text = "".join(process.output() for process in processes)
+    assert set(codes) <= {1, code}
+    _assert_recorded(tmp_path / "run", text, code, reason)
+
+
+def test_torchrun_lets_rank_0_record_the_fault_of_another(config: Path, tmp_path: Path) -> None:
+    """It ends every rank when the first is gone: the one at fault must wait."""
+    script = tmp_path / "failing.py"
+    script.write_text(_FAILING.format(error="DataError('x.bin holds the id 600')", where="training"))
     command = torchrun_command(2, script, config, "--train.steps", 1000)
     done = subprocess.run(
         command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
     assert done.returncode == 1
-    record = json.loads((tmp_path / "run" / "exit.json").read_text())
-    assert record == {"code": code, "reason": reason}
-    assert "did not answer" not in done.stderr
+    _assert_recorded(tmp_path / "run", done.stderr, 2, "rank 1: x.bin holds the id 600")
+
+
+def _assert_recorded(run: Path, text: str, code: int, reason: str) -> None:
+    assert json.loads((run / "exit.json").read_text()) == {"code": code, "reason": reason}
+    assert "did not answer" not in text
     if code == 2:
-        assert done.stderr.count(f"error: {reason}") == 1
+        assert text.count(f"error: {reason}") == 1
 
 
 def test_ranks_that_never_come_are_named(config: Path) -> None:
     """Two of three ranks are started, as when a node does not boot."""
-    port = str(free_port())
-    variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_RANK": "0"}
-    command = [python_path(), *map(str, TRAIN), str(config), "--train.timeout_minutes", "0.1"]
-    command += ["--parallel.pipeline", "1", "--train.global_batch_size", "9"]
-    processes = [
-        subprocess.Popen(
-            command, env=environment() | variables | {"RANK": rank}, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
-        )
-        for rank in ("0", "2")
-    ]
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-        assert [process.returncode for process in processes] == [1, 1]
-        assert "ranks [1] of 3 did not start within 0:00:06" in errors[0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+    command = (*TRAIN, config, "--train.timeout_minutes", 0.1, "--parallel.pipeline", 1, "--train.global_batch_size", 9)
+    with started_ranks((0, 2), 3, *command) as processes:
+        assert [process.wait(120) for process in processes] == [1, 1]
+        assert "ranks [1] of 3 did not start within 0:00:06" in processes[0].output()
 
 
 def test_the_launch_script_starts_again_after_a_kill_and_not_after_bad_input(config: Path, tmp_path: Path) -> None:

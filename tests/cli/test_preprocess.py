@@ -23,7 +23,7 @@ from megatron_med.data.indexed_writer import IndexedDatasetWriter
 from megatron_med.data.jsonl import Shard, Span, read_lines, spans_of
 from megatron_med.data.preprocess import PreprocessOptions, preprocess
 from megatron_med.tokenizer import load_tokenizer
-from tests.cli.processes import python
+from tests.cli.processes import python, real_python
 from tests.conftest import REPOSITORY, SAMPLE
 
 
@@ -262,7 +262,7 @@ def test_tasks_in_flight_are_bounded(text: list[Path], tokenizer: Path, monkeypa
 
 def test_only_a_formatters_text_has_tokens(shared: Path, tmp_path: Path, tokenizer: Path) -> None:
     folder = tmp_path / "tokenizer"
-    done = python(
+    done = real_python(
         "tools/extend_tokenizer.py", "--tokenizer", tokenizer, "--tokens", "gap_replay", "chatml", "--output", folder
     )
     assert "32,014 pieces; [bib_ref] is 32000, <|im_end|> is 32013" in done.stdout

@@ -18,6 +18,7 @@ from tests.conftest import REPOSITORY, SAMPLE
 RUN = REPOSITORY / "examples" / "quickstart" / "run.sh"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_quickstart_runs_on_the_users_own_text(tmp_path: Path) -> None:
     """With ``--data``, from another folder, in this environment."""

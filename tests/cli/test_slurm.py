@@ -15,7 +15,10 @@ from tests.cli.local_slurm import Job, LocalSlurm, local_slurm, why_not
 from tests.cli.processes import python_path, read_metrics, wait_for_step
 from tests.conftest import REPOSITORY
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}")
+pytestmark = [
+    pytest.mark.skipif(why_not() is not None, reason=f"no Slurm: {why_not()}"),
+    pytest.mark.slow,
+]
 
 STEPS = 60
 TOY = {

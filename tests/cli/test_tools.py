@@ -10,14 +10,14 @@ import pytest
 
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.tokenizer import load_tokenizer
-from tests.cli.processes import python
+from tests.cli.processes import python, real_python
 from tests.conftest import SAMPLE
 
 
 def test_preprocessing_many_processes_equals_one(tmp_path: Path, sample_tokenizer: Path) -> None:
     common = ("--input", SAMPLE, SAMPLE, "--tokenizer", sample_tokenizer, "--append-eod")
     for workers in (1, 3):
-        done = python(
+        done = real_python(
             "tools/preprocess_data.py", *common, "--output-prefix", tmp_path / f"w{workers}", "--workers", workers
         )
         assert done.returncode == 0, done.stderr
@@ -107,13 +107,13 @@ def test_existing_output_is_never_overwritten_unasked(tmp_path: Path, sample_tok
     assert "--overwrite" in done.stderr
     assert (tmp_path / "out.bin").stat().st_mtime_ns == before
     assert python("tools/preprocess_data.py", *arguments, "--overwrite").returncode == 0
-    done = python("tools/train_tokenizer.py", "--input", SAMPLE, "--vocab-size", 300, "--output", sample_tokenizer)
+    done = real_python("tools/train_tokenizer.py", "--input", SAMPLE, "--vocab-size", 300, "--output", sample_tokenizer)
     assert done.returncode == 2
     assert "--overwrite" in done.stderr
 
 
 def test_inspect_and_merge(tmp_path: Path, sample_data: Path, shared: Path) -> None:
-    done = python("tools/inspect_data.py", sample_data)
+    done = real_python("tools/inspect_data.py", sample_data)
     assert "368 documents" in done.stdout
     assert "512 pieces" in done.stdout
     done = python("tools/inspect_data.py", sample_data, "--document", 2)
@@ -124,7 +124,7 @@ def test_inspect_and_merge(tmp_path: Path, sample_data: Path, shared: Path) -> N
     assert "documents 0 to 367" in done.stderr
     merged = tmp_path / "merged"
     merge = ("tools/merge_datasets.py", "--input", sample_data, sample_data, "--output-prefix", merged)
-    assert python(*merge).returncode == 0
+    assert real_python(*merge).returncode == 0
     assert IndexedDataset(merged).token_count == 2 * IndexedDataset(sample_data).token_count
     assert "512 pieces" in python("tools/inspect_data.py", merged).stdout
     assert python(*merge).returncode == 2
@@ -139,10 +139,10 @@ def test_missing_inputs(tmp_path: Path, sample_tokenizer: Path) -> None:
     done = python("tools/preprocess_data.py", "--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *arguments)
     assert done.returncode == 2
     assert done.stderr.count("There is no input file") == 2
-    done = python("tools/generate.py", "--checkpoint", tmp_path, "--prompt", "x")
+    done = real_python("tools/generate.py", "--checkpoint", tmp_path, "--prompt", "x")
     assert done.returncode == 2
     assert "There is no checkpoint" in done.stderr
-    done = python("tools/convert_checkpoint.py", "export", "--from", tmp_path, "--to", tmp_path / "hf")
+    done = real_python("tools/convert_checkpoint.py", "export", "--from", tmp_path, "--to", tmp_path / "hf")
     assert done.returncode == 2
     done = python("tools/generate.py", "--checkpoint", tmp_path, "--prompt", "x", "--tensor", 2)
     assert done.returncode == 2

@@ -14,17 +14,19 @@ import yaml
 
 from tests.cli.processes import (
     TIMEOUT,
-    kill_group,
+    TRAIN,
     python,
+    python_path,
     read_metrics,
     started,
+    started_forked,
+    started_ranks,
     torchrun_command,
-    train_forked,
+    train,
+    train_on_ranks,
     wait_for_step,
     write_config,
 )
-
-TRAIN = ("-m", "megatron_med.train")
 
 
 @pytest.fixture
@@ -43,12 +45,6 @@ def config(tmp_path: Path, sample_data: Path) -> Path:
     )
 
 
-def _finish(ranks: int, *arguments: object) -> None:
-    command = torchrun_command(ranks, *arguments)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def _losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_metrics(run)}
 
@@ -56,19 +52,19 @@ def _losses(run: Path) -> dict[int, float]:
 def test_resume_on_other_topology_continues_the_loss_curve(config: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     validating = ("--train.valid_interval", 10, "--train.valid_samples", 21)
-    done = train_forked(config, "--train.output_dir", whole, *validating)
+    done = train(config, "--train.output_dir", whole, *validating)
     assert done.returncode == 0, done.stderr
 
     grid = ("--parallel.tensor", 2, "--parallel.pipeline", 2)
-    command = torchrun_command(4, *TRAIN, config, "--train.output_dir", broken, *validating, *grid)
-    with started(command, tmp_path / "log") as process:
-        wait_for_step(broken, 23, process, tmp_path / "log")
-        kill_group(process)
+    with started_ranks(range(4), 4, *TRAIN, config, "--train.output_dir", broken, *validating, *grid) as processes:
+        wait_for_step(broken, 23, processes[0])
+        for process in processes:
+            process.kill()
     assert (broken / "checkpoints" / "latest").read_text().strip() == "step-00000020"
     assert 23 <= read_metrics(broken)[-1]["step"] < 40
 
     other = ("--parallel.tensor", 1, "--parallel.pipeline", 2, "--parallel.schedule", "gpipe")
-    _finish(4, *TRAIN, config, "--train.output_dir", broken, *validating, *other)
+    train_on_ranks(4, config, "--train.output_dir", broken, *validating, *other)
     metrics = read_metrics(broken)
     assert [line["step"] for line in metrics] == list(range(1, 41)), "every step once"
     assert [line["consumed_samples"] for line in metrics] == [8 * step for step in range(1, 41)]
@@ -84,18 +80,19 @@ def test_resume_on_other_topology_continues_the_loss_curve(config: Path, tmp_pat
 
 def test_killed_before_its_first_checkpoint_it_starts_again_from_step_0(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = (*TRAIN, config, "--parallel.pipeline", 2)
-    with started(torchrun_command(2, *arguments), tmp_path / "log") as process:
-        wait_for_step(run, 3, process, tmp_path / "log")
-        kill_group(process)
+    arguments = (config, "--parallel.pipeline", 2)
+    with started_ranks(range(2), 2, *TRAIN, *arguments) as processes:
+        wait_for_step(run, 3, processes[0])
+        for process in processes:
+            process.kill()
     first = _losses(run)
-    _finish(2, *arguments, "--train.steps", 6)
+    train_on_ranks(2, *arguments, "--train.steps", 6)
     metrics = read_metrics(run)
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
     assert {step: _losses(run)[step] for step in (1, 2, 3)} == {step: first[step] for step in (1, 2, 3)}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_signal_to_the_launcher_saves_and_ends_with_75(config: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     arguments = (*TRAIN, config, "--parallel.tensor", 2, "--train.steps", 2000, "--checkpoint.interval", 5000)
@@ -107,15 +104,13 @@ def test_signal_to_the_launcher_saves_and_ends_with_75(config: Path, tmp_path: P
     assert record["code"] == 75, (tmp_path / "log").read_text()[-2000:]
     saved = read_metrics(run)[-1]["step"]
     assert (run / "checkpoints" / "latest").read_text().strip() == f"step-{saved:08d}"
-    done = train_forked(config, "--train.steps", saved + 2)
+    done = train(config, "--train.steps", saved + 2)
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in read_metrics(run)] == list(range(1, saved + 3))
 
 
 def test_one_rank_ends_with_the_code_itself(config: Path, tmp_path: Path) -> None:
-    import sys
-
-    command = [sys.executable, *map(str, (*TRAIN, config, "--train.steps", 5000))]
+    command = [python_path(), *map(str, (*TRAIN, config, "--train.steps", 5000))]
     with started(command, tmp_path / "log") as process:
         wait_for_step(tmp_path / "run", 2, process, tmp_path / "log")
         process.send_signal(signal.SIGTERM)
@@ -132,7 +127,7 @@ def _refused(done: subprocess.CompletedProcess[str], *messages: str) -> None:
 
 def test_bad_configuration_ends_with_2_and_is_recorded(config: Path, tmp_path: Path) -> None:
     arguments = ("--train.step", 3, "--parallel.schedule", "zero_bubble", "--optimizer.lr", "fast")
-    _refused(train_forked(config, *arguments), "did you mean train.steps?", "optimizer.lr is 'fast'")
+    _refused(train(config, *arguments), "did you mean train.steps?", "optimizer.lr is 'fast'")
     record = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert record["code"] == 2
     assert "train.steps" in record["reason"]
@@ -147,40 +142,37 @@ def test_world_size_that_does_not_divide_is_told_once_by_rank_0(config: Path) ->
 
 
 def test_missing_data_and_tokenizer_mismatch(config: Path, tmp_path: Path) -> None:
-    done = train_forked(config, "--data.train", f"[{{path: {tmp_path}/absent}}, {{path: {tmp_path}/gone}}]")
+    done = train(config, "--data.train", f"[{{path: {tmp_path}/absent}}, {{path: {tmp_path}/gone}}]")
     _refused(done, f"There is no {tmp_path}/absent.idx", f"There is no {tmp_path}/gone.idx")
-    _refused(train_forked(config, "--model.vocab_size", 500), "set model.vocab_size: 512")
+    _refused(train(config, "--model.vocab_size", 500), "set model.vocab_size: 512")
     groups = ("--optimizer.groups", "[{match: 'embeding.*', lr_scale: 0.5}]")
-    _refused(train_forked(config, *groups), "embeding.* matches no parameter")
+    _refused(train(config, *groups), "embeding.* matches no parameter")
     absent = tmp_path / "no checkpoint"
-    _refused(train_forked(config, "--checkpoint.load", absent), f"There is no checkpoint at {absent}")
+    _refused(train(config, "--checkpoint.load", absent), f"There is no checkpoint at {absent}")
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_run_folder_keeps_its_model_data_and_owner(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     arguments = (config, "--train.steps", 2)
-    assert train_forked(*arguments).returncode == 0
+    assert train(*arguments).returncode == 0
     before = (run / "metrics.jsonl").read_bytes()
-    _refused(train_forked(*arguments, "--model.num_layers", 3), "model.num_layers is 3, but")
-    _refused(train_forked(*arguments, "--data.sequence_length", 16), "data.sequence_length is 16, but")
-    _refused(train_forked(*arguments, "--train.seed", 4), "train.seed is 4, but")
+    _refused(train(*arguments, "--model.num_layers", 3), "model.num_layers is 3, but")
+    _refused(train(*arguments, "--data.sequence_length", 16), "data.sequence_length is 16, but")
+    _refused(train(*arguments, "--train.seed", 4), "train.seed is 4, but")
     assert (run / "metrics.jsonl").read_bytes() == before
 
-    import sys
-
-    command = [sys.executable, *map(str, (*TRAIN, config, "--train.steps", 5000))]
-    with started(command, tmp_path / "log") as process:
-        wait_for_step(run, 4, process, tmp_path / "log")
+    with started_forked([*map(str, (*TRAIN, config, "--train.steps", 5000))]) as process:
+        wait_for_step(run, 4, process)
         assert not (run / "exit.json").exists(), "the end of an earlier start says nothing of this one"
-        _refused(train_forked(*arguments), "another run is alive in it")
+        _refused(train(*arguments), "another run is alive in it")
         assert not (run / "exit.json").exists(), "the live run's record is its own"
         assert process.poll() is None
 
 
 def test_refusal_by_rank_0_ends_every_rank_without_traceback(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train_forked(config, "--train.steps", 1).returncode == 0
+    assert train(config, "--train.steps", 1).returncode == 0
     before = {name: (run / name).read_bytes() for name in ("config.yaml", "run.json", "metrics.jsonl")}
     command = torchrun_command(2, *TRAIN, config, "--parallel.tensor", 2, "--model.num_layers", 3)
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
@@ -193,11 +185,11 @@ def test_refusal_by_rank_0_ends_every_rank_without_traceback(config: Path, tmp_p
 
 def test_a_start_that_failed_does_not_claim_the_folder(config: Path, tmp_path: Path) -> None:
     source, run = tmp_path / "source", tmp_path / "run"
-    assert train_forked(config, "--train.steps", 1, "--train.output_dir", source).returncode == 0
-    wrong = train_forked(config, "--train.steps", 1, "--model.num_layers", 3, "--checkpoint.load", source)
+    assert train(config, "--train.steps", 1, "--train.output_dir", source).returncode == 0
+    wrong = train(config, "--train.steps", 1, "--model.num_layers", 3, "--checkpoint.load", source)
     _refused(wrong, "model.num_layers is 4 in the checkpoint and 3")
     assert json.loads((run / "exit.json").read_text())["code"] == 2
-    assert train_forked(config, "--train.steps", 1, "--checkpoint.load", source).returncode == 0
+    assert train(config, "--train.steps", 1, "--checkpoint.load", source).returncode == 0
     assert json.loads((run / "exit.json").read_text())["code"] == 0
 
 
@@ -209,7 +201,7 @@ def test_tokenizer_files_of_any_name_reach_the_exported_folder(config: Path, tmp
     done = python("tools/preprocess_data.py", "--input", SAMPLE, "--output-prefix", prefix, "--tokenizer", tokenizer)
     assert done.returncode == 0, done.stderr
     data = ("--data.train", f"[{{path: {prefix}}}]", "--data.valid", "[]", "--model.vocab_size", 32000)
-    assert train_forked(config, "--train.steps", 1, *data).returncode == 0
+    assert train(config, "--train.steps", 1, *data).returncode == 0
     run = tmp_path / "run"
     done = python("tools/convert_checkpoint.py", "export", "--from", run, "--to", tmp_path / "hf", "--verify")
     assert done.returncode == 0, done.stderr
@@ -232,9 +224,9 @@ def test_tokenizer_files_of_any_name_reach_the_exported_folder(config: Path, tmp
 def test_non_finite_gradients_are_skipped_then_stop_the_run_by_name(config: Path, tmp_path: Path) -> None:
     """A weight that is not a number, written into a checkpoint, makes every gradient so."""
     source, run = tmp_path / "source", tmp_path / "run"
-    assert train_forked(config, "--train.steps", 1, "--train.output_dir", source).returncode == 0
+    assert train(config, "--train.steps", 1, "--train.output_dir", source).returncode == 0
     _poison(source / "checkpoints" / "step-00000001", "layers.1.mlp.down.weight")
-    done = train_forked(config, "--checkpoint.load", source, "--train.max_skipped_steps", 3)
+    done = train(config, "--checkpoint.load", source, "--train.max_skipped_steps", 3)
     assert done.returncode == 1
     record = json.loads((run / "exit.json").read_text())
     assert record["code"] == 1
@@ -249,7 +241,7 @@ def test_fp16_finds_its_loss_scale_and_a_resumed_run_keeps_it(config: Path, tmp_
     fp16 = ("--precision", "fp16", "--optimizer.initial_loss_scale", 2**27, "--optimizer.loss_scale_window", 4)
     whole, broken = ("--train.output_dir", tmp_path / "whole"), ("--train.output_dir", tmp_path / "broken")
     options = (*fp16, "--train.max_skipped_steps", 1, "--optimizer.name", "decoupled_adamw")
-    assert train_forked(config, *options, *whole, "--train.steps", 30).returncode == 0
+    assert train(config, *options, *whole, "--train.steps", 30).returncode == 0
     metrics = read_metrics(tmp_path / "whole")
     skipped = next(place for place, line in enumerate(metrics) if not line["skipped"])
     assert skipped >= 3
@@ -265,8 +257,8 @@ def test_fp16_finds_its_loss_scale_and_a_resumed_run_keeps_it(config: Path, tmp_
     assert any(after > before for before, after in itertools.pairwise(scales)), "it never grew"
     assert metrics[-1]["loss"] < metrics[0]["loss"] - 0.1
 
-    assert train_forked(config, *options, *broken, "--train.steps", skipped + 4).returncode == 0
-    assert train_forked(config, *options, *broken, "--train.steps", 30).returncode == 0
+    assert train(config, *options, *broken, "--train.steps", skipped + 4).returncode == 0
+    assert train(config, *options, *broken, "--train.steps", 30).returncode == 0
     again = read_metrics(tmp_path / "broken")
     assert [line["loss_scale"] for line in again] == [line["loss_scale"] for line in metrics]
     assert [line["loss"] for line in again] == [line["loss"] for line in metrics]
@@ -274,9 +266,9 @@ def test_fp16_finds_its_loss_scale_and_a_resumed_run_keeps_it(config: Path, tmp_
 
 def test_the_initial_learning_rate_stays_that_of_the_first_start(config: Path, tmp_path: Path) -> None:
     options = ("--optimizer.name", "decoupled_adamw", "--optimizer.weight_decay", 0.01)
-    assert train_forked(config, *options, "--train.steps", 2).returncode == 0
+    assert train(config, *options, "--train.steps", 2).returncode == 0
     changed = ("--optimizer.lr", 4e-3, "--lr_schedule.name", "constant", "--train.steps", 4)
-    assert train_forked(config, *options, *changed).returncode == 0
+    assert train(config, *options, *changed).returncode == 0
     for step in (2, 4):
         state = json.loads((tmp_path / "run" / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
         assert state["initial_lr"] == 1e-3
@@ -302,19 +294,19 @@ def _poison(step: Path, name: str) -> None:
 
 def test_weights_of_another_run_start_a_fresh_one(config: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
-    assert train_forked(config, "--train.steps", 20, "--train.output_dir", source).returncode == 0
+    assert train(config, "--train.steps", 20, "--train.output_dir", source).returncode == 0
     trained = _losses(source)[20]
     fresh = ("--train.steps", 3, "--checkpoint.load", source, "--train.output_dir")
-    assert train_forked(config, *fresh, tmp_path / "weights").returncode == 0
+    assert train(config, *fresh, tmp_path / "weights").returncode == 0
     weights = read_metrics(tmp_path / "weights")
     assert weights[0]["step"] == 1
     assert weights[0]["loss"] < trained + 0.4
     everything = ("--checkpoint.load", source, "--checkpoint.load_state", "all", "--train.steps", 22)
-    done = train_forked(config, *everything, "--train.output_dir", tmp_path / "all")
+    done = train(config, *everything, "--train.output_dir", tmp_path / "all")
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in read_metrics(tmp_path / "all")] == [21, 22]
     other = ("--model.ffn_hidden_size", 128, "--checkpoint.load", source, "--train.output_dir", tmp_path / "x")
-    _refused(train_forked(config, *other), "model.ffn_hidden_size is 176 in the checkpoint and 128")
+    _refused(train(config, *other), "model.ffn_hidden_size is 176 in the checkpoint and 128")
 
 
 _LIMITED = """
@@ -328,23 +320,23 @@ sys.exit(main(sys.argv[1:]))
 def test_full_disk_while_saving_keeps_the_last_good_checkpoint(config: Path, tmp_path: Path) -> None:
     """The system refuses files past 300 kB, as a full disk refuses them."""
     run = tmp_path / "run"
-    assert train_forked(config, "--train.steps", 2).returncode == 0
+    assert train(config, "--train.steps", 2).returncode == 0
     done = python("-c", _LIMITED, config, "--train.steps", 4)
     _refused(done, "step-00000004 could not be written", "The last good checkpoint stays: step-00000002")
     assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000002"
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000002"]
-    assert train_forked(config, "--train.steps", 4).returncode == 0
+    assert train(config, "--train.steps", 4).returncode == 0
     assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4]
 
 
 def test_damaged_checkpoint_is_named_and_stepped_back_from(config: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for steps in (2, 4):
-        assert train_forked(config, "--train.steps", steps).returncode == 0
+        assert train(config, "--train.steps", steps).returncode == 0
     losses = _losses(run)
     (data,) = (run / "checkpoints" / "step-00000004").glob("*.distcp")
     data.write_bytes(data.read_bytes()[:-10])
-    done = train_forked(config, "--train.steps", 6)
+    done = train(config, "--train.steps", 6)
     assert done.returncode == 0, done.stderr
     assert "step-00000004 is damaged: __0_0.distcp has" in done.stderr
     assert "warning: step-00000004 was set aside; going on from" in done.stderr
@@ -356,7 +348,7 @@ def test_damaged_checkpoint_is_named_and_stepped_back_from(config: Path, tmp_pat
 
 def test_metrics_and_validation_are_reported(config: Path, tmp_path: Path) -> None:
     arguments = ("--train.steps", 6, "--train.valid_interval", 3, "--train.valid_samples", 10)
-    done = train_forked(config, *arguments, "--logging.tensorboard", "true", "--precision", "bf16")
+    done = train(config, *arguments, "--logging.tensorboard", "true", "--precision", "bf16")
     assert done.returncode == 0, done.stderr
     metrics = read_metrics(tmp_path / "run")
     assert [line["step"] for line in metrics if "valid_loss" in line] == [3, 6]

@@ -94,6 +94,7 @@ def _ranks(host: str) -> int:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cut_link_ends_both_hosts_and_the_run_resumes_when_it_is_back(
     config: Path, tmp_path: Path, cable: Cable
