@@ -37,8 +37,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the slow tests, but with ``--all``."""
-    if not config.getoption("--all"):
+    """Leaves out the slow tests, but with ``--all`` and where a test is named."""
+    if not config.getoption("--all") and not any("::" in argument for argument in config.args):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
@@ -51,7 +51,7 @@ TOGETHER = (
     "tests/distributed/test_checkpoint_topology.py",
     "tests/golden/test_added_tokens.py",
 )
-"""Modules that make something costly once: one worker runs all of their tests, and begins with them."""
+"""Modules that make something costly once: one worker runs all of their tests."""
 
 
 class _Scheduler(LoadScopeScheduling):
@@ -60,6 +60,7 @@ class _Scheduler(LoadScopeScheduling):
         return module if module in TOGETHER else nodeid
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
     """Deals out the tests one by one, some modules whole."""
     return _Scheduler(config, log)
@@ -110,7 +111,7 @@ def sentence_data(tmp_path_factory: pytest.TempPathFactory, sample_tokenizer: Pa
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache_and_server(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests never touch the user's cache."""
+    """Tests never touch the user's cache; the server that test processes are forked from starts with it."""
     os.environ["MEGATRON_MED_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     start_server()
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from megatron_med.plan.cluster import Cluster
 from megatron_med.tracing.trace import Collective, Event, Kernel, Trace, Wait
-
-if TYPE_CHECKING:
-    from megatron_med.parallel.context import Axis
 
 
 @dataclass(frozen=True)
@@ -46,36 +43,39 @@ class CostModel:
         self._itemsize = itemsize
         self._known: dict[tuple[Trace, tuple[float, float], bool], float] = {}
 
-    def trace(self, trace: Trace | None, groups: Mapping[str, Axis], free_collectives: bool = False) -> float:
-        """From the first event to the end of the last kernel and collective; computed once for each trace.
+    def trace_seconds(
+        self, trace: Trace | None, tensor_ranks: tuple[int, ...], free_collectives: bool = False
+    ) -> float:
+        """Seconds from the first event of layers to the end of their last kernel and collective, computed once for each
+        trace.
 
         Args:
             trace: None: nothing runs.
-            groups: the ranks of tp, the only group that layers talk to; a trace was taken on other ranks.
+            tensor_ranks: of the tp group, the only one that layers talk to; the trace was taken on others.
             free_collectives: collectives take no time.
         """
         if trace is None:
             return 0.0
-        key = trace, self.cluster.bandwidth(groups["tp"].ranks), free_collectives
+        key = trace, self.cluster.bandwidth(tensor_ranks), free_collectives
         if key not in self._known:
-            self._known[key] = self._run(trace, groups, free_collectives)
+            self._known[key] = self._run(trace, tensor_ranks, free_collectives)
         return self._known[key]
 
-    def _run(self, trace: Trace, groups: Mapping[str, Axis], free_collectives: bool) -> float:
-        """Two streams: kernels follow each other, and so do the collectives of a group."""
-        clock = 0.0  # of the kernels
-        idle_from: dict[str, float] = {}  # group -> end of its last collective
+    def _run(self, trace: Trace, tensor_ranks: tuple[int, ...], free_collectives: bool) -> float:
+        """Two streams: kernels follow each other, and so do collectives."""
+        clock = idle_from = 0.0  # ends of the last kernel and of the last collective
         ends: dict[int, float] = {}  # collective -> its end
         for event in self._launches(trace):
             if isinstance(event, Wait):
                 clock = max(clock, ends[event.number])
             elif isinstance(event, Collective):
-                start = max(clock, idle_from.get(event.group, 0.0))
-                ranks = groups[event.group].ranks if event.group in groups else event.ranks
-                took = 0.0 if free_collectives else self.transfer(event.operation, event.size, ranks)
-                ends[event.number] = idle_from[event.group] = start + took
+                assert event.group == "tp", f"layers talk to {event.group}"
+                took = 0.0
+                if not free_collectives:
+                    took = self.transfer_seconds(event.operation, event.size, tensor_ranks)
+                ends[event.number] = idle_from = max(clock, idle_from) + took
             else:
-                clock = self.overlapped(clock, self.kernel(event), max(idle_from.values(), default=0.0))
+                clock = self.overlapped(clock, self.kernel_seconds(event), idle_from)
         return max([clock, *ends.values()])
 
     def overlapped(self, clock: float, seconds: float, busy_until: float) -> float:
@@ -87,11 +87,11 @@ class CostModel:
             return clock + seconds / rate
         return clock + shared + (seconds - shared * rate)
 
-    def kernel(self, kernel: Kernel) -> float:
-        """Of one kernel that has the device for itself."""
+    def kernel_seconds(self, kernel: Kernel) -> float:
+        """Seconds of one kernel that has the device for itself."""
         kind = self.cluster.accelerator
         moved = sum(kernel.reads.values()) + sum(kernel.writes.values())
-        seconds = self.memory(moved)
+        seconds = self.memory_seconds(moved)
         if kernel.kind == "product":
             batch, rows, columns, _ = kernel.shape
             efficiency = kind.product_efficiency(rows, columns, batch)
@@ -102,13 +102,14 @@ class CostModel:
             seconds = max(seconds, kernel.flops / (kind.peak_flops * self._attention_share(kernel)))
         return seconds + kind.kernel_seconds
 
-    def memory(self, moved: float) -> float:
-        """To move bytes through the device memory."""
+    def memory_seconds(self, moved: float) -> float:
+        """Seconds to move so many bytes through the device memory."""
         kind = self.cluster.accelerator
         return moved / (kind.memory_bandwidth * kind.memory_share)
 
-    def transfer(self, operation: str, size: float, ranks: tuple[int, ...]) -> float:
-        """Of a collective over ``ranks`` that has its links for itself, in a ring; of a message between two of them."""
+    def transfer_seconds(self, operation: str, size: float, ranks: tuple[int, ...]) -> float:
+        """Seconds of a collective over ``ranks`` that has its links for itself, in a ring; of a message between two of
+        them."""
         if len(ranks) < 2:
             return 0.0
         bandwidth, latency = self.cluster.bandwidth(ranks)
@@ -129,11 +130,11 @@ class CostModel:
         operands = heads * (seq + keys) * width
         product_bytes = self._itemsize * (scores + operands)
         efficiency = kind.product_efficiency(seq, keys, heads)
-        product = max(2 * scores * width / (kind.peak_flops * efficiency), self.memory(product_bytes))
+        product = max(2 * scores * width / (kind.peak_flops * efficiency), self.memory_seconds(product_bytes))
         is_forward = kernel.kind == "attention_forward"
         # forward: softmax reads and writes, dropout reads and writes; backward: the same and the softmax read again
         passes = 4 if is_forward else 5
-        softmax = self.memory((passes * self._itemsize + 1) * scores)
+        softmax = self.memory_seconds((passes * self._itemsize + 1) * scores)
         return (2 if is_forward else 4) * (product + kind.kernel_seconds) + softmax + 2 * kind.kernel_seconds
 
     def _launches(self, trace: Trace) -> Iterable[Event]:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from megatron_med.parallel.simulation import Interval, Simulation
 from megatron_med.plan.cost_model import CostModel
 from megatron_med.plan.stage_model import StageModel
+from megatron_med.plan.step_time import unit_gathers, unit_reductions
 
 
 def exposed_seconds(stages: Sequence[StageModel], cost: CostModel, simulation: Simulation) -> float:
-    """Exposed data-parallel communication of a step.
+    """Seconds of a step's exposed data-parallel communication.
 
     A stage reduces its buckets under its last backward pass and gathers new weights under its first forward pass;
     what is left over, and what the other stages' idle time does not swallow, is exposed.
@@ -25,7 +26,7 @@ def exposed_seconds(stages: Sequence[StageModel], cost: CostModel, simulation: S
         reduced = max(reduced, _end(last) + _left_over(_reductions(stage, cost), cover))
         cover = _end(first) if overlap.weight_gather else 0.0
         gathered = max(gathered, _left_over(_gathers(stage, cost), cover))
-        tied = max(tied, cost.transfer("all_reduce", 4.0 * stage.state.tied, stage.groups["embedding"].ranks))
+        tied = max(tied, cost.transfer_seconds("all_reduce", 4.0 * stage.state.tied, stage.groups["embedding"].ranks))
     return reduced - simulation.makespan + tied + gathered
 
 
@@ -44,41 +45,20 @@ def _left_over(calls: Sequence[float], hidden_under: float) -> float:
     return max(sum(calls) - hidden_under, calls[-1])
 
 
-def fully_sharded_pass(compute: float, gathers: Sequence[float], reductions: Sequence[float], cost: CostModel) -> float:
-    """Seconds of a pass under FSDP2: each layer's weights are gathered under the layer before it, its gradients cut
-    under the one after. The first gather and the last reduction have nothing to hide under."""
-    if not gathers:
-        return compute
-    hidden = sum(gathers[1:]) + sum(reductions[:-1])
-    return gathers[0] + max(hidden, cost.overlapped(0.0, compute, hidden)) + sum(reductions[-1:])
-
-
-def unit_gathers(stage: StageModel, chunk: int, cost: CostModel) -> list[float]:
-    """Seconds of gathering each unit that FSDP2 cuts a chunk into."""
-    ranks, itemsize = stage.groups["dp_shard"].ranks, float(stage.itemsize)
-    return [cost.transfer("all_gather", itemsize * unit.elements, ranks) for unit in stage.sharded_units(chunk)]
-
-
-def unit_reductions(stage: StageModel, chunk: int, cost: CostModel) -> list[float]:
-    """Seconds of cutting each unit's fp32 gradients."""
-    ranks = stage.groups["dp_shard"].ranks
-    return [cost.transfer("reduce_scatter", 4.0 * unit.elements, ranks) for unit in stage.sharded_units(chunk)]
-
-
 def _reductions(stage: StageModel, cost: CostModel) -> list[float]:
     """Seconds of each gradient reduction that comes once a step."""
     parallel, state, groups = stage.config.parallel, stage.state, stage.groups
     if parallel.sharding == "none":
         ranks = groups["dp"].ranks
-        return [cost.transfer("all_reduce", 4.0 * bucket.elements, ranks) for bucket in state.buckets]
+        return [cost.transfer_seconds("all_reduce", 4.0 * bucket.elements, ranks) for bucket in state.buckets]
     shard, replicas = groups["dp_shard"], groups["dp_replicate"].ranks
     if parallel.sharding == "full":
         chunks = range(len(state.chunks)) if parallel.pipeline > 1 else ()
         once = [call for chunk in chunks for call in unit_reductions(stage, chunk, cost)]
-        return [*once, cost.transfer("all_reduce", 4.0 * state.owned, replicas)]
+        return [*once, cost.transfer_seconds("all_reduce", 4.0 * state.owned, replicas)]
     return [
-        cost.transfer("reduce_scatter", 4.0 * bucket.slice * shard.size, shard.ranks)
-        + cost.transfer("all_reduce", 4.0 * bucket.slice, replicas)
+        cost.transfer_seconds("reduce_scatter", 4.0 * bucket.slice * shard.size, shard.ranks)
+        + cost.transfer_seconds("all_reduce", 4.0 * bucket.slice, replicas)
         for bucket in state.buckets
     ]
 
@@ -91,4 +71,7 @@ def _gathers(stage: StageModel, cost: CostModel) -> list[float]:
     if parallel.sharding != "optimizer":
         return []
     itemsize = float(stage.itemsize)
-    return [cost.transfer("all_gather", itemsize * bucket.slice * shard.size, shard.ranks) for bucket in state.buckets]
+    return [
+        cost.transfer_seconds("all_gather", itemsize * bucket.slice * shard.size, shard.ranks)
+        for bucket in state.buckets
+    ]

@@ -38,15 +38,15 @@ class Memory:
 
 
 def peak_memories(stages: list[StageModel]) -> list[Memory]:
-    """Of one rank of each stage."""
+    """Peak memory of one rank of each stage, in bytes."""
     config = stages[0].config
     parallel = config.parallel
-    few = stages[0].micro_batches
+    micro_batches = stages[0].micro_batches
     if parallel.schedule != "gpipe":
         # After as many micro-batches as a pipeline has places the schedule repeats itself; gpipe keeps them all.
-        few = min(few, 2 * parallel.pipeline * parallel.virtual_stages)
+        micro_batches = min(micro_batches, 2 * parallel.pipeline * parallel.virtual_stages)
     waiting = _messages_waiting(
-        parallel.schedule, len(stages), few, parallel.virtual_stages, int(parallel.overlap.pipeline)
+        parallel.schedule, len(stages), micro_batches, parallel.virtual_stages, int(parallel.overlap.pipeline)
     )
     return [_peak_memory(stage, messages) for stage, messages in zip(stages, waiting, strict=True)]
 
@@ -60,7 +60,8 @@ def _messages_waiting(
 
 
 def _peak_memory(stage: StageModel, messages: Mapping[Action, int]) -> Memory:
-    """
+    """The largest sum of all that one rank holds while some action of the step runs.
+
     Args:
         stage: any.
         messages: its actions in order, with the messages that it has sent and still keeps while each runs.

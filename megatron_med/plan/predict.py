@@ -19,7 +19,7 @@ from megatron_med.plan.cost_model import CostModel, KernelAssumptions
 from megatron_med.plan.exposed_comm import exposed_seconds
 from megatron_med.plan.layer_trace import fake_world
 from megatron_med.plan.memory import Memory, peak_memories
-from megatron_med.plan.stage_model import StageModel, model_stages, place_stages
+from megatron_med.plan.stage_model import StageModel, build_states, model_stages
 from megatron_med.plan.step_time import (
     backward_seconds,
     forward_seconds,
@@ -105,7 +105,7 @@ class Plan:
 def plan(config: Config, cluster: Cluster, kernels: KernelAssumptions | None = None) -> Plan:
     """Plans a valid configuration on a cluster."""
     with fake_world():
-        stages = model_stages(config, place_stages(config, cluster))
+        stages = model_stages(config, build_states(config, cluster))
     cost = CostModel(cluster, kernels or KernelAssumptions(), DTYPES[config.precision].itemsize)
     return predict(stages, peak_memories(stages), cost)
 

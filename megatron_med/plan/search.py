@@ -22,7 +22,7 @@ from megatron_med.plan.cost_model import CostModel, KernelAssumptions
 from megatron_med.plan.layer_trace import fake_world
 from megatron_med.plan.memory import Memory, peak_memories
 from megatron_med.plan.predict import Plan, predict
-from megatron_med.plan.stage_model import PlacedStage, StageModel, model_stages, place_stages
+from megatron_med.plan.stage_model import StageModel, StageState, build_states, model_stages
 from megatron_med.plan.step_time import backward_seconds, forward_seconds
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
@@ -79,7 +79,7 @@ def search(config: Config, cluster: Cluster, kernels: KernelAssumptions | None =
     one_tensor_size = partial(_search_tensor_size, config, cluster, kernels or KernelAssumptions())
     tensor_sizes = [tensor for tensor in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % tensor == 0]
     context = get_context("forkserver")
-    context.set_forkserver_preload(["megatron_med.plan.search"])  # imported once, not by every worker
+    context.set_forkserver_preload(["megatron_med.plan.search"])  # imported once, unless a server runs already
     with ProcessPoolExecutor(max(1, min(os.cpu_count() or 1, len(tensor_sizes))), context) as pool:
         results = list(pool.map(one_tensor_size, tensor_sizes))
     best = sorted((plan for result in results for plan in result.best), key=lambda plan: plan.step_seconds)
@@ -124,7 +124,7 @@ def _fitting(config: Config, cost: CostModel, tensor: int, pipeline: int) -> tup
     """Candidates of one tensor x pipeline size that fit; else why the closest one does not; how many were tried."""
     found: list[_Candidate] = []
     reasons: list[tuple[float, str]] = []
-    placed: dict[tuple[int, str, int], list[PlacedStage]] = {}
+    states: dict[tuple[int, str, int], list[StageState]] = {}
     cluster, tried = cost.cluster, 0
     for parallel in _cuts(config, cluster, tensor, pipeline):
         for micro_batch in MICRO_BATCHES:
@@ -134,15 +134,14 @@ def _fitting(config: Config, cost: CostModel, tensor: int, pipeline: int) -> tup
                 reasons.append((float("inf"), broken[0]))
                 continue
             key = parallel.virtual_stages, parallel.sharding, parallel.replicate
-            if key not in placed:
-                placed[key] = place_stages(own[0], cluster)
-            states = (stage.state for stage in placed[key])
-            state = max(held.weights + held.gradients + held.optimizer for held in states)
-            if state > cluster.usable_memory:
-                reasons.append((state, f"weights, gradients and optimizer state alone take {_of(state, cluster)}"))
+            if key not in states:
+                states[key] = build_states(own[0], cluster)
+            least = max(state.weights + state.gradients + state.optimizer for state in states[key])
+            if least > cluster.usable_memory:
+                reasons.append((least, f"weights, gradients and optimizer state alone take {_of(least, cluster)}"))
                 tried += 1
                 break
-            candidate, needed, count = _first_that_fits(own, placed[key], cost)
+            candidate, needed, count = _first_that_fits(own, states[key], cost)
             tried += count
             if candidate is None:  # a larger micro-batch needs more
                 words = f"needs {_of(needed, cluster)}, whole layers recomputed, micro-batch {micro_batch}"
@@ -153,12 +152,12 @@ def _fitting(config: Config, cost: CostModel, tensor: int, pipeline: int) -> tup
 
 
 def _first_that_fits(
-    variants: list[Config], placed: list[PlacedStage], cost: CostModel
+    variants: list[Config], states: list[StageState], cost: CostModel
 ) -> tuple[_Candidate | None, float, int]:
     """The first variant that fits, the memory of the last one tried, and how many were tried."""
     needed = 0.0
     for count, config in enumerate(variants, 1):
-        stages = model_stages(config, placed)
+        stages = model_stages(config, states)
         memories = peak_memories(stages)
         needed = max(memory.total for memory in memories)
         if needed <= cost.cluster.usable_memory:

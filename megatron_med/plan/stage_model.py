@@ -60,18 +60,20 @@ class ShardedUnit:
 
     Attributes:
         elements: padded to the ranks.
-        stays: it is the chunk's own (embedding, norm, head), which keeps its weights from forward to backward.
+        reshard_after_forward: gathered again for the backward pass; the unit of embedding, norm and head is not.
     """
 
     elements: int
-    stays: bool
+    reshard_after_forward: bool
 
 
 @dataclass(frozen=True)
-class ModelState:
-    """What one rank of a stage holds before any micro-batch comes.
+class StageState:
+    """What one rank of a stage holds before any micro-batch comes, and with whom it talks.
 
     Attributes:
+        groups: tp, dp_shard, dp_replicate, dp, pp, embedding, world: the axes of one of its ranks, without process
+            groups. Of each kind the group that is spread over the most nodes, for all groups wait for the slowest.
         chunks: the stage's parts of the model, first to last.
         parameters: what one rank holds of each.
         shards: data-parallel ranks that hold different slices.
@@ -79,6 +81,7 @@ class ModelState:
         weights, gradients, optimizer: bytes.
     """
 
+    groups: Mapping[str, Axis]
     chunks: list[Chunk]
     parameters: list[HeldParameter]
     shards: int
@@ -109,46 +112,29 @@ class ModelState:
 
 
 @dataclass(frozen=True)
-class PlacedStage:
-    """A stage without its micro-batches: what all sizes of micro-batches have in common.
-
-    Attributes:
-        state: of one rank.
-        groups: tp, dp_shard, dp_replicate, dp, pp, embedding, world: the axes of one of its ranks, without process
-            groups. Of each kind the group that is spread over the most nodes, for all groups wait for the slowest.
-    """
-
-    state: ModelState
-    groups: Mapping[str, Axis]
-
-
-@dataclass(frozen=True)
 class StageModel:
     """One pipeline stage of a run; its tensor- and data-parallel ranks are alike.
 
     Attributes:
         config: the run.
-        place: what a rank holds and with whom it talks.
+        state: of one rank.
         traces: one micro-batch through each of its chunks.
         actions: of one step, in order.
     """
 
     config: Config
-    place: PlacedStage
+    state: StageState
     traces: list[ChunkTrace]
     actions: list[Action]
 
     @property
-    def state(self) -> ModelState:
-        return self.place.state
-
-    @property
     def groups(self) -> Mapping[str, Axis]:
-        return self.place.groups
+        """The axes of one of its ranks by name."""
+        return self.state.groups
 
     @property
     def index(self) -> int:
-        """Of the stage in the pipeline."""
+        """Place of the stage in the pipeline, from 0."""
         return self.groups["pp"].rank
 
     @property
@@ -158,17 +144,21 @@ class StageModel:
 
     @property
     def hidden_bytes(self) -> int:
-        """Of the hidden states of a micro-batch between two stages."""
+        """Bytes of a micro-batch's hidden states between two stages."""
         return self.traces[0].ends.hidden_bytes
 
     @cached_property
     def micro_batches(self) -> int:
-        """That go through every chunk in a step."""
+        """Micro-batches that go through every chunk in a step."""
         return sum(isinstance(action, Forward) and action.chunk == 0 for action in self.actions)
 
-    def sharded_units(self, chunk: int) -> list[ShardedUnit]:
-        """The layers of a chunk and what is around them, as FSDP2 gathers them."""
-        own, ranks = self.state.chunks[chunk], self.groups["dp_shard"].size
+    @cached_property
+    def sharded_units(self) -> list[list[ShardedUnit]]:
+        """For each chunk its layers and what is around them, as FSDP2 gathers them."""
+        return [self._units_of(chunk) for chunk in self.state.chunks]
+
+    def _units_of(self, own: Chunk) -> list[ShardedUnit]:
+        ranks = self.groups["dp_shard"].size
         layers = {str(layer): 0 for layer in own.layers}
         around = 0
         for held in self.state.parameters:
@@ -177,29 +167,25 @@ class StageModel:
                 layers[rest[0]] += held.slice * ranks
             elif (kind == "embedding" and own.is_first) or (kind not in ("layers", "embedding") and own.is_last):
                 around += held.slice * ranks
-        units = [ShardedUnit(elements, False) for elements in layers.values()]
-        return units + ([ShardedUnit(around, True)] if around else [])
+        units = [ShardedUnit(elements, reshard_after_forward=True) for elements in layers.values()]
+        return units + ([ShardedUnit(around, reshard_after_forward=False)] if around else [])
 
 
-def model_stages(config: Config, placed: list[PlacedStage]) -> list[StageModel]:
-    """Adds the traces of every chunk and the schedule."""
+def model_stages(config: Config, states: list[StageState]) -> list[StageModel]:
+    """Adds the traces of every chunk and the schedule to the states of all stages."""
     parallel, train = config.parallel, config.train
     shape = shape_of(config)
-    micro_batches = train.global_batch_size // (train.micro_batch_size * placed[0].groups["dp"].size)
+    micro_batches = train.global_batch_size // (train.micro_batch_size * states[0].groups["dp"].size)
     schedule: Schedule = GENERATORS[parallel.schedule](parallel.pipeline, micro_batches, parallel.virtual_stages)
     return [
-        StageModel(config, place, [trace_chunk(shape, chunk) for chunk in place.state.chunks], actions)
-        for place, actions in zip(placed, schedule, strict=True)
+        StageModel(config, state, [trace_chunk(shape, chunk) for chunk in state.chunks], actions)
+        for state, actions in zip(states, schedule, strict=True)
     ]
 
 
-def place_stages(config: Config, cluster: Cluster) -> list[PlacedStage]:
-    """Every stage on its ranks of the cluster, built on the meta device."""
-    placed = []
-    for stage in range(config.parallel.pipeline):
-        groups = _groups(config, cluster, stage)
-        placed.append(PlacedStage(_build(config, stage, groups), groups))
-    return placed
+def build_states(config: Config, cluster: Cluster) -> list[StageState]:
+    """Builds every stage on the meta device, as a rank of the cluster would. No size of micro-batch matters here."""
+    return [_build(config, stage, _groups(config, cluster, stage)) for stage in range(config.parallel.pipeline)]
 
 
 def _groups(config: Config, cluster: Cluster, stage: int) -> dict[str, Axis]:
@@ -209,7 +195,7 @@ def _groups(config: Config, cluster: Cluster, stage: int) -> dict[str, Axis]:
     grid = torch.arange(world_size).view(parallel.pipeline, parallel.replicate, dp // parallel.replicate, tensor)
     own = grid[stage]
 
-    def worst(groups: Tensor, rank: int = 0) -> Axis:
+    def most_spread(groups: Tensor, rank: int = 0) -> Axis:
         """Of ``[groups, ranks]``."""
         lines = groups.tolist()
         ranks = max(lines, key=lambda line: len({one // cluster.gpus_per_node for one in line}))
@@ -219,17 +205,17 @@ def _groups(config: Config, cluster: Cluster, stage: int) -> dict[str, Axis]:
     ends = pipelines[:, [0, -1]] if parallel.pipeline > 1 else pipelines
     is_end = stage in (0, parallel.pipeline - 1)
     return {
-        "tp": worst(own.flatten(0, 1)),
-        "dp_shard": worst(own.movedim(1, -1).flatten(0, 1)),
-        "dp_replicate": worst(own.movedim(0, -1).flatten(0, 1)),
-        "dp": worst(own.flatten(0, 1).t()),
-        "pp": worst(pipelines, stage),
-        "embedding": worst(ends, int(stage > 0)) if is_end else Axis(),
-        "world": worst(grid.reshape(1, -1)),
+        "tp": most_spread(own.flatten(0, 1)),
+        "dp_shard": most_spread(own.movedim(1, -1).flatten(0, 1)),
+        "dp_replicate": most_spread(own.movedim(0, -1).flatten(0, 1)),
+        "dp": most_spread(own.flatten(0, 1).t()),
+        "pp": most_spread(pipelines, stage),
+        "embedding": most_spread(ends, int(stage > 0)) if is_end else Axis(),
+        "world": most_spread(grid.reshape(1, -1)),
     }
 
 
-def _build(config: Config, stage: int, groups: Mapping[str, Axis]) -> ModelState:
+def _build(config: Config, stage: int, groups: Mapping[str, Axis]) -> StageState:
     """Builds a stage as the first of its tensor- and data-parallel ranks would, without memory."""
     parallel = config.parallel
     shard, replicate = groups["dp_shard"], groups["dp_replicate"]
@@ -251,11 +237,12 @@ def _build(config: Config, stage: int, groups: Mapping[str, Axis]) -> ModelState
         owned = sum(held.slice for held in parameters)
         # FSDP2 sums the gradients of several backward passes whole where it does not cut them after each
         gradients = elements if parallel.pipeline > 1 else owned
-        return ModelState(layers, parameters, shards, [], 4.0 * owned, 4.0 * gradients, 8.0 * owned)
+        return StageState(groups, layers, parameters, shards, [], 4.0 * owned, 4.0 * gradients, 8.0 * owned)
     data_parallel = BucketedDataParallel(chunks, context, shard=parallel.sharding == "optimizer")
     buckets = [GradientBucket(sum(p.numel() for p in b.parameters), b.row) for b in data_parallel.buckets]
     own_masters = [item.master for item in data_parallel.owned if not _same_memory(item.master, item.parameter)]
-    return ModelState(
+    return StageState(
+        groups,
         layers,
         parameters,
         shards,

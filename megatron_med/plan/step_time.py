@@ -5,31 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from megatron_med.parallel.schedule import Action, Backward, BackwardInput, BackwardWeight, Forward
+from megatron_med.parallel.schedule import Action, Backward, BackwardInput, Forward
 from megatron_med.parallel.simulation import Simulation, Waits, simulate
 from megatron_med.plan.cost_model import CostModel
-from megatron_med.plan.exposed_comm import fully_sharded_pass, unit_gathers, unit_reductions
 from megatron_med.plan.stage_model import StageModel
 
 Part = Literal["forward", "backward", "backward_weight"]
 
 
 def forward_seconds(stage: StageModel, chunk: int, cost: CostModel) -> float:
-    """Of a micro-batch through a chunk."""
+    """Seconds of a micro-batch's forward pass through a chunk."""
     compute = _part(stage, chunk, cost, "forward")
-    return fully_sharded_pass(compute, _gathers_of_a_pass(stage, chunk, cost), (), cost)
+    return _fully_sharded_pass(compute, _gathers_of_a_pass(stage, chunk, cost), (), cost)
 
 
 def backward_seconds(stage: StageModel, chunk: int, cost: CostModel) -> float:
-    """Of the whole backward pass, its weight part included."""
+    """Seconds of its whole backward pass, the weight part included."""
     compute = sum(_part(stage, chunk, cost, part) for part in _parts(stage)[1:])
     gathers = _gathers_of_a_pass(stage, chunk, cost)
     reductions = unit_reductions(stage, chunk, cost) if gathers else ()
-    return fully_sharded_pass(compute, gathers, reductions, cost)
+    return _fully_sharded_pass(compute, gathers, reductions, cost)
 
 
 def tensor_seconds(stage: StageModel, chunk: int, cost: CostModel) -> float:
-    """Of both passes, waiting for tensor-parallel collectives."""
+    """Seconds of both passes that tensor-parallel collectives cost."""
     return sum(_part(stage, chunk, cost, part) - _part(stage, chunk, cost, part, True) for part in _parts(stage))
 
 
@@ -40,7 +39,7 @@ def simulate_step(stages: Sequence[StageModel], cost: CostModel) -> Simulation:
         for stage in stages:
             ranks = stage.groups["pp"].ranks
             pair = (ranks[stage.index], ranks[(stage.index + 1) % len(stages)])
-            transfers[stage.index] = cost.transfer("send", stages[0].hidden_bytes, pair)
+            transfers[stage.index] = cost.transfer_seconds("send", stages[0].hidden_bytes, pair)
     waits: Waits = "none" if stages[0].config.parallel.overlap.pipeline else "receiver"
     if cost.kernels.messages == "blocking":
         waits = "sender"
@@ -55,7 +54,7 @@ def simulate_step(stages: Sequence[StageModel], cost: CostModel) -> Simulation:
 
 
 def optimizer_seconds(stages: Sequence[StageModel], cost: CostModel) -> float:
-    """Of the slowest stage: the memory traffic of norm, clipping, AdamW, copies into and out of buckets, zeroing.
+    """Seconds of the slowest stage: the memory traffic of norm, clipping, AdamW, copies of buckets, zeroing.
 
     Per owned element: norm 4 bytes, clipping 8, AdamW 28 (read weight, gradient and moments, write all but the
     gradient), rounding 4 + itemsize. Per element of the stage: zeroing 4, and where slices are cut packing 8,
@@ -67,18 +66,21 @@ def optimizer_seconds(stages: Sequence[StageModel], cost: CostModel) -> float:
         copies = state.elements * (8 + 2 * itemsize) if state.is_sharded else 0
         return state.owned * (4 + 8 + 28 + 4 + itemsize) + state.elements * 4 + copies
 
-    return max(cost.memory(moved(stage)) for stage in stages)
+    return max(cost.memory_seconds(moved(stage)) for stage in stages)
 
 
 def _action_seconds(stage: StageModel, cost: CostModel) -> dict[tuple[type[Action], int], float]:
-    """(kind of action, chunk) -> seconds."""
-    seconds: dict[tuple[type[Action], int], float] = {}
-    for chunk in range(len(stage.traces)):
-        seconds[Forward, chunk] = forward_seconds(stage, chunk, cost)
-        seconds[Backward, chunk] = backward_seconds(stage, chunk, cost)
-        seconds[BackwardInput, chunk] = _part(stage, chunk, cost, "backward")
-        seconds[BackwardWeight, chunk] = _part(stage, chunk, cost, "backward_weight")
-    return seconds
+    """(kind of action, chunk) -> seconds, for the kinds that the stage runs."""
+
+    def seconds(kind: type[Action], chunk: int) -> float:
+        if kind is Forward:
+            return forward_seconds(stage, chunk, cost)
+        if kind is Backward:
+            return backward_seconds(stage, chunk, cost)
+        return _part(stage, chunk, cost, "backward" if kind is BackwardInput else "backward_weight")
+
+    kinds = {(type(action), action.chunk) for action in stage.actions}
+    return {(kind, chunk): seconds(kind, chunk) for kind, chunk in kinds}
 
 
 def _parts(stage: StageModel) -> list[Part]:
@@ -88,12 +90,37 @@ def _parts(stage: StageModel) -> list[Part]:
 
 
 def _part(stage: StageModel, chunk: int, cost: CostModel, part: Part, free_collectives: bool = False) -> float:
-    """Computation and tensor-parallel collectives of one part."""
-    return stage.traces[chunk].total(lambda layers: cost.trace(getattr(layers, part), stage.groups, free_collectives))
+    """Seconds of one part: computation and tensor-parallel collectives."""
+    return stage.traces[chunk].total(
+        lambda layers: cost.trace_seconds(getattr(layers, part), stage.groups["tp"].ranks, free_collectives)
+    )
 
 
 def _gathers_of_a_pass(stage: StageModel, chunk: int, cost: CostModel) -> list[float]:
-    """Under FSDP2 without pipeline; in a pipeline weights are gathered once a step."""
+    """Seconds of each gather in a pass under FSDP2; none in a pipeline, where weights are gathered once a step."""
     if stage.config.parallel.sharding != "full" or stage.config.parallel.pipeline > 1:
         return []
     return unit_gathers(stage, chunk, cost)
+
+
+def _fully_sharded_pass(
+    compute: float, gathers: Sequence[float], reductions: Sequence[float], cost: CostModel
+) -> float:
+    """Seconds of a pass under FSDP2: each layer's weights are gathered under the layer before it, its gradients cut
+    under the one after. The first gather and the last reduction have nothing to hide under."""
+    if not gathers:
+        return compute
+    hidden = sum(gathers[1:]) + sum(reductions[:-1])
+    return gathers[0] + max(hidden, cost.overlapped(0.0, compute, hidden)) + sum(reductions[-1:])
+
+
+def unit_gathers(stage: StageModel, chunk: int, cost: CostModel) -> list[float]:
+    """Seconds of gathering each unit that FSDP2 cuts a chunk into."""
+    ranks, itemsize = stage.groups["dp_shard"].ranks, float(stage.itemsize)
+    return [cost.transfer_seconds("all_gather", itemsize * unit.elements, ranks) for unit in stage.sharded_units[chunk]]
+
+
+def unit_reductions(stage: StageModel, chunk: int, cost: CostModel) -> list[float]:
+    """Seconds of cutting each unit's fp32 gradients."""
+    ranks = stage.groups["dp_shard"].ranks
+    return [cost.transfer_seconds("reduce_scatter", 4.0 * unit.elements, ranks) for unit in stage.sharded_units[chunk]]

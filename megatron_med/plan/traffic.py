@@ -91,9 +91,9 @@ def _fully_sharded(stage: StageModel) -> dict[str, Traffic]:
     ranks = stage.groups["dp_shard"].size
     count = 1 if in_pipeline else stage.micro_batches
     traffic = {"dp_shard": Traffic(), "dp_replicate": Traffic()}
-    for chunk in range(len(stage.state.chunks)):
-        for unit in stage.sharded_units(chunk):
-            gathers = 1 if in_pipeline else 2 * count - unit.stays * count
+    for units in stage.sharded_units:
+        for unit in units:
+            gathers = 1 if in_pipeline else count + unit.reshard_after_forward * count
             traffic["dp_shard"] += Traffic(gathers + count, unit.elements * (stage.itemsize * gathers + 4.0 * count))
             if stage.groups["dp_replicate"].size > 1:
                 traffic["dp_replicate"] += Traffic(1, 4.0 * unit.elements / ranks)

@@ -1,4 +1,4 @@
-"""Writes down what code does on tensors without data: kernels, collectives and memory.
+"""Writes down what code does on tensors, with or without data: kernels, collectives and memory.
 
 Within ``FakeTensorMode`` a ``Recorder`` sees every operation that the real code would run, forward and backward. Over
 real tensors it sees the same.

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cli.processes import environment
+from tests.ranks import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
@@ -110,7 +111,7 @@ def local_slurm(folder: Path) -> Iterator[LocalSlurm]:
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
-    ports = _free_ports(3)
+    ports = [free_port() for _ in range(3)]
     text = _CONF.format(
         host=socket.gethostname(),
         folder=folder,
@@ -167,13 +168,3 @@ def _until(condition: object, slurm: LocalSlurm, seconds: float = 60) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, f"Slurm did not come up:\n{slurm.logs()}"
         time.sleep(0.2)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -79,7 +80,9 @@ def real_python(*arguments: object, env: dict[str, str] | None = None) -> subpro
 
 def python(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     """The same of a script, ``-m MODULE`` or ``-c CODE``, forked from a server that has torch and transformers loaded:
-    seconds less, and alike from the first line of the script on."""
+    seconds less. Arguments, environment, output, exit code and signals are those of a process of its own; what an
+    import brings, and what the interpreter does when it ends, is not shown: ``real_python`` does.
+    """
     with started_forked([str(word) for word in arguments], env=env) as process:
         return process.communicate(TIMEOUT)
 
@@ -94,6 +97,8 @@ class ForkedProcess:
 
     def __init__(self, arguments: list[str], env: dict[str, str], folder: Path) -> None:
         self._out, self._err = folder / "out", folder / "err"
+        self._out.touch()
+        self._err.touch()
         self._process = forkserver.Process(target=_run_command, args=(arguments, env, self._out, self._err))
         self._process.start()
 
@@ -117,18 +122,33 @@ class ForkedProcess:
     def communicate(self, timeout: float) -> subprocess.CompletedProcess[str]:
         """Waits for the end; exit code and what was printed."""
         code = self.wait(timeout)
-        return subprocess.CompletedProcess([], code, self._out.read_text(), self._err.read_text())
+        return subprocess.CompletedProcess([], code, _text(self._out), _text(self._err))
 
     def output(self) -> str:
         """Everything printed so far."""
-        return "".join(path.read_text() for path in (self._out, self._err) if path.exists())
+        return _text(self._out) + _text(self._err)
 
     def kill(self) -> None:
-        """kill -9 on the process and all that it has started."""
-        for pid in descendants(self.pid):
-            _kill(pid)
+        """kill -9 on the process and all that it has started, also where it has ended itself."""
+        below = descendants(self.pid) if self.poll() is None else []  # an ended process' number may be another's
         self._process.kill()
-        self._process.join()
+        for pid in below:  # torchrun gives each rank a session of its own
+            _kill(pid)
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.join(30)
+
+
+def kill_all(processes: Sequence[ForkedProcess]) -> None:
+    """kill -9 on all of them at once."""
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+    for process in processes:
+        process.kill()
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace")
 
 
 @contextmanager
@@ -165,7 +185,9 @@ def _run_command(arguments: list[str], env: dict[str, str], out: Path, err: Path
     """What the interpreter does with ``arguments``, in a child of the server."""
     os.setsid()
     for path, descriptor in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+        opened = os.open(path, os.O_WRONLY | os.O_APPEND)
+        os.dup2(opened, descriptor)
+        os.close(opened)
     os.chdir(REPOSITORY)
     os.environ.clear()
     os.environ.update(env)
@@ -177,6 +199,7 @@ def _run_command(arguments: list[str], env: dict[str, str], out: Path, err: Path
         exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = arguments
+        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
         runpy.run_path(arguments[0], run_name="__main__")
 
 
@@ -207,9 +230,10 @@ def started(command: list[str], log: Path, env: dict[str, str] | None = None) ->
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
     """kill -9 on the launcher and all ranks."""
-    for child in descendants(process.pid):
-        _kill(child)
+    below = descendants(process.pid)
     _kill(process.pid)
+    for child in below:
+        _kill(child)
     process.wait(timeout=30)
 
 
@@ -245,12 +269,9 @@ class _Process(Protocol):
     def poll(self) -> object: ...
 
 
-def wait_for_step(run: Path, step: int, process: _Process, log: Path | None = None) -> None:
-    """Returns when metrics.jsonl has reached ``step``. What was printed stands in ``log``, or the process tells it."""
-
-    def printed() -> str:
-        return log.read_text() if log is not None else process.output()  # type: ignore[attr-defined]
-
+def wait_for_step(run: Path, step: int, process: _Process, log: Path | Callable[[], str]) -> None:
+    """Returns when metrics.jsonl has reached ``step``. ``log``: where what was printed stands, or what tells it."""
+    printed = partial(_text, log) if isinstance(log, Path) else log
     deadline = time.monotonic() + TIMEOUT
     while time.monotonic() < deadline:
         metrics = read_metrics(run)

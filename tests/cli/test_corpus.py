@@ -65,11 +65,12 @@ def recipe(shared: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig:
     """Every kind of source, on the real records of the shared data folder; of MEDLINE's abstracts a third, and all with
     ``--all``."""
     folder = tmp_path_factory.mktemp("raw")
-    abstracts = [record for _, record in read_records(shared / "pubmed" / "abstracts_medline.jsonl")]
-    (folder / "medline").mkdir()
+    medline = shared / "pubmed" / "abstracts_medline.jsonl"
     if not pytestconfig.getoption("--all"):
-        abstracts = abstracts[:3] + abstracts[3::3]  # the first ones are those of the planted records
-    write_lines(folder / "medline" / "abstracts.jsonl", abstracts)
+        abstracts = [record for _, record in read_records(medline)]
+        (folder / "medline").mkdir()
+        medline = folder / "medline" / "abstracts.jsonl"
+        write_lines(medline, abstracts[:3] + abstracts[3::3])  # the first ones are those of the planted records
     write_lines(folder / "planted.jsonl", _planted(shared))
     records = [record for _, record in read_records(shared / "pubmed" / "abstracts_ccby.jsonl")]
     (folder / "baseline.xml.gz").write_bytes(gzip.compress(pubmed_xml(records[:XML_RECORDS]).encode()))
@@ -92,7 +93,7 @@ def recipe(shared: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig:
             ),
             "abstracts": recipe_source(
                 "abstracts",
-                [folder / "medline" / "abstracts.jsonl", pubmed / "abstracts_odd.jsonl", folder / "*.jsonl"],
+                [medline, pubmed / "abstracts_odd.jsonl", folder / "*.jsonl"],
                 "MEDLINE",
                 valid=0.03,
             ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import time
 from collections.abc import Iterator
@@ -74,7 +75,8 @@ def test_a_warned_job_saves_is_requeued_and_finishes(slurm: LocalSlurm, sample_d
     assert "goes back into the queue" in output
     assert [line["step"] for line in read_metrics(run)] == list(range(1, STEPS + 1))
     assert json.loads((run / "exit.json").read_text())["code"] == 0
-    assert "0: step" in output, "MEGATRON_MED_SRUN did not reach srun"
+    # which node gets rank 0, whose lines these are, is torchrun's choice
+    assert re.search(r"^[01]: step", output, re.MULTILINE), "MEGATRON_MED_SRUN did not reach srun"
     assert "loaded" in output, "the second start did not go on from the first one's checkpoint"
 
 

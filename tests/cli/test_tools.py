@@ -139,10 +139,10 @@ def test_missing_inputs(tmp_path: Path, sample_tokenizer: Path) -> None:
     done = python("tools/preprocess_data.py", "--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *arguments)
     assert done.returncode == 2
     assert done.stderr.count("There is no input file") == 2
-    done = real_python("tools/generate.py", "--checkpoint", tmp_path, "--prompt", "x")
+    done = python("tools/generate.py", "--checkpoint", tmp_path, "--prompt", "x")
     assert done.returncode == 2
     assert "There is no checkpoint" in done.stderr
-    done = real_python("tools/convert_checkpoint.py", "export", "--from", tmp_path, "--to", tmp_path / "hf")
+    done = python("tools/convert_checkpoint.py", "export", "--from", tmp_path, "--to", tmp_path / "hf")
     assert done.returncode == 2
     done = python("tools/generate.py", "--checkpoint", tmp_path, "--prompt", "x", "--tensor", 2)
     assert done.returncode == 2

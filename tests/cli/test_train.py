@@ -15,9 +15,12 @@ import yaml
 from tests.cli.processes import (
     TIMEOUT,
     TRAIN,
+    kill_all,
+    kill_group,
     python,
     python_path,
     read_metrics,
+    real_python,
     started,
     started_forked,
     started_ranks,
@@ -49,22 +52,46 @@ def _losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_metrics(run)}
 
 
-def test_resume_on_other_topology_continues_the_loss_curve(config: Path, tmp_path: Path) -> None:
+LAUNCHED = pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+"""By torchrun, or each rank by itself."""
+
+
+def _kill_at(step: int, run: Path, launched: bool, ranks: int, *arguments: object) -> None:
+    """kill -9 on the launcher and every rank of a run, once it has reached a step."""
+    log = run.with_suffix(".log")
+    if launched:
+        with started(torchrun_command(ranks, *TRAIN, *arguments), log) as process:
+            wait_for_step(run, step, process, log)
+            kill_group(process)
+        return
+    with started_ranks(range(ranks), ranks, *TRAIN, *arguments) as processes:
+        wait_for_step(run, step, processes[0], processes[0].output)
+        kill_all(processes)
+
+
+def _finish(launched: bool, ranks: int, *arguments: object) -> None:
+    if not launched:
+        train_on_ranks(ranks, *arguments)
+        return
+    command = torchrun_command(ranks, *TRAIN, *arguments)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@LAUNCHED
+def test_resume_on_other_topology_continues_the_loss_curve(config: Path, tmp_path: Path, launched: bool) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     validating = ("--train.valid_interval", 10, "--train.valid_samples", 21)
     done = train(config, "--train.output_dir", whole, *validating)
     assert done.returncode == 0, done.stderr
 
     grid = ("--parallel.tensor", 2, "--parallel.pipeline", 2)
-    with started_ranks(range(4), 4, *TRAIN, config, "--train.output_dir", broken, *validating, *grid) as processes:
-        wait_for_step(broken, 23, processes[0])
-        for process in processes:
-            process.kill()
+    _kill_at(23, broken, launched, 4, config, "--train.output_dir", broken, *validating, *grid)
     assert (broken / "checkpoints" / "latest").read_text().strip() == "step-00000020"
     assert 23 <= read_metrics(broken)[-1]["step"] < 40
 
     other = ("--parallel.tensor", 1, "--parallel.pipeline", 2, "--parallel.schedule", "gpipe")
-    train_on_ranks(4, config, "--train.output_dir", broken, *validating, *other)
+    _finish(launched, 4, config, "--train.output_dir", broken, *validating, *other)
     metrics = read_metrics(broken)
     assert [line["step"] for line in metrics] == list(range(1, 41)), "every step once"
     assert [line["consumed_samples"] for line in metrics] == [8 * step for step in range(1, 41)]
@@ -78,15 +105,15 @@ def test_resume_on_other_topology_continues_the_loss_curve(config: Path, tmp_pat
     assert sorted(path.name for path in (broken / "checkpoints").glob("step-*")) == ["step-00000020", "step-00000040"]
 
 
-def test_killed_before_its_first_checkpoint_it_starts_again_from_step_0(config: Path, tmp_path: Path) -> None:
+@LAUNCHED
+def test_killed_before_its_first_checkpoint_it_starts_again_from_step_0(
+    config: Path, tmp_path: Path, launched: bool
+) -> None:
     run = tmp_path / "run"
     arguments = (config, "--parallel.pipeline", 2)
-    with started_ranks(range(2), 2, *TRAIN, *arguments) as processes:
-        wait_for_step(run, 3, processes[0])
-        for process in processes:
-            process.kill()
+    _kill_at(3, run, launched, 2, *arguments)
     first = _losses(run)
-    train_on_ranks(2, *arguments, "--train.steps", 6)
+    _finish(launched, 2, *arguments, "--train.steps", 6)
     metrics = read_metrics(run)
     assert [line["step"] for line in metrics] == [1, 2, 3, 4, 5, 6]
     assert {step: _losses(run)[step] for step in (1, 2, 3)} == {step: first[step] for step in (1, 2, 3)}
@@ -163,7 +190,7 @@ def test_run_folder_keeps_its_model_data_and_owner(config: Path, tmp_path: Path)
     assert (run / "metrics.jsonl").read_bytes() == before
 
     with started_forked([*map(str, (*TRAIN, config, "--train.steps", 5000))]) as process:
-        wait_for_step(run, 4, process)
+        wait_for_step(run, 4, process, process.output)
         assert not (run / "exit.json").exists(), "the end of an earlier start says nothing of this one"
         _refused(train(*arguments), "another run is alive in it")
         assert not (run / "exit.json").exists(), "the live run's record is its own"
@@ -203,8 +230,11 @@ def test_tokenizer_files_of_any_name_reach_the_exported_folder(config: Path, tmp
     data = ("--data.train", f"[{{path: {prefix}}}]", "--data.valid", "[]", "--model.vocab_size", 32000)
     assert train(config, "--train.steps", 1, *data).returncode == 0
     run = tmp_path / "run"
-    done = python("tools/convert_checkpoint.py", "export", "--from", run, "--to", tmp_path / "hf", "--verify")
+    done = real_python("tools/convert_checkpoint.py", "export", "--from", run, "--to", tmp_path / "hf", "--verify")
     assert done.returncode == 0, done.stderr
+    done = real_python("tools/generate.py", "--checkpoint", run, "--prompt", "Fever", "--max-new-tokens", 3)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Fever")
     assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizer.read_bytes()
     done = python("tools/convert_checkpoint.py", "export", "--from", run, "--to", run, "--overwrite")
     assert done.returncode == 2

@@ -22,6 +22,8 @@ from tests.training import MODELS, make_config, set_up
 
 LAYERS, MICRO_BATCHES, STEPS = 4, 4, 2
 INPUT_GRADIENT, WEIGHT_GRADIENT = "mm", "addmm_"
+LINEAR = (INPUT_GRADIENT, WEIGHT_GRADIENT, "addmm")
+PIPELINE = ("pp", "pp_backward", "pp_wrap", "pp_wrap_backward")
 
 
 def _recorded(config: Config) -> list[Event]:
@@ -46,9 +48,8 @@ def _trace(prefix: Path, overlap: bool, ranks: int, **parallel: Any) -> list[lis
 
 
 def _products(events: list[Event], *names: str) -> int:
-    """Matrix products, all of them or those of these names."""
-    products = [event for event in events if isinstance(event, Kernel) and event.kind == "product"]
-    return sum(not names or product.name in names for product in products)
+    """Products of linear layers, all of them or those of these names."""
+    return sum(isinstance(event, Kernel) and event.name in (names or LINEAR) for event in events)
 
 
 def _hidden(events: list[Event], operation: str, group: str, *products: str) -> tuple[int, int]:
@@ -57,7 +58,7 @@ def _hidden(events: list[Event], operation: str, group: str, *products: str) -> 
     for place, event in enumerate(events):
         if not isinstance(event, Collective) or event.operation != operation or event.size <= SCALAR:
             continue
-        if not event.group.startswith(group):
+        if event.group not in (PIPELINE if group == "pp" else (group,)):
             continue
         waits = (end for end, other in enumerate(events) if isinstance(other, Wait) and other.number == event.number)
         end = next(waits, None)
@@ -70,8 +71,9 @@ def _hidden(events: list[Event], operation: str, group: str, *products: str) -> 
 
 SCALAR = 8
 """Bytes of a count or a loss: what is larger is a tensor."""
-HIDDEN_STATES = 32 * 8 // MICRO_BATCHES * 32 * 4
-"""Bytes of [seq, batch, hidden]."""
+SEQUENCE, HIDDEN, FP32_BYTES = 32, 32, 4
+HIDDEN_STATES = SEQUENCE * (8 // MICRO_BATCHES) * HIDDEN * FP32_BYTES
+"""Bytes of ``[seq, batch, hidden]``."""
 
 
 @pytest.fixture(scope="module")
