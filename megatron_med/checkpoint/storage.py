@@ -9,6 +9,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,21 @@ _ALLOWED_NAMES = {
 }
 
 
+def _enum_member(kind: Any, name: Any) -> Enum:
+    """``getattr(kind, name)`` of an enumeration's member: what Python 3.11.0 to 3.11.3 write for one."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise pickle.UnpicklingError(f"the attribute {name!r} of {kind!r} does not belong into checkpoint metadata")
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Admits DCP's own dataclasses and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if "." in name:  # would walk through a module's own imports: filesystem's os.system
             raise pickle.UnpicklingError(f"{module}.{name} does not belong into checkpoint metadata")
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if (module, name) in _ALLOWED_NAMES or is_dtype:
             return super().find_class(module, name)

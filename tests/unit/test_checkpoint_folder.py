@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, MetadataIndex
 
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.folder import CheckpointState
@@ -133,6 +137,41 @@ def test_metadata_that_would_run_code_is_refused(
     with pytest.raises(CheckpointError, match=rf"{module}\.{name} does not belong"):
         Reader(step).read_metadata()
     assert not (tmp_path / "ran").exists()
+
+
+class _OldPython(pickle.Pickler):
+    """Writes members of enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, thing: object) -> Any:
+        return (getattr, (type(thing), thing.name)) if isinstance(thing, Enum) else NotImplemented
+
+
+def _pickled_by_an_old_python(thing: object) -> bytes:
+    file = io.BytesIO()
+    _OldPython(file, protocol=4).dump(thing)
+    return file.getvalue()
+
+
+def test_metadata_written_by_another_python_is_read(tmp_path: Path) -> None:
+    step = _save(tmp_path, 10)
+    metadata = Reader(step).read_metadata()
+    written = _pickled_by_an_old_python(metadata)
+    assert b"getattr" in written
+    (step / ".metadata").write_bytes(written)
+    assert Reader(step).read_metadata().state_dict_metadata == metadata.state_dict_metadata
+    assert torch.equal(Reader(step).read("w"), torch.full((3, 2), 10.0))
+
+
+@pytest.mark.parametrize("arguments", [(MetadataIndex, "__init__"), (_MEM_FORMAT_ENCODING, "__members__"), (3, "real")])
+def test_no_attribute_but_a_member_of_an_enumeration_is_read(tmp_path: Path, arguments: tuple[Any, str]) -> None:
+    class Reduced:
+        def __reduce__(self) -> Any:
+            return getattr, arguments
+
+    step = _save(tmp_path, 10)
+    (step / ".metadata").write_bytes(pickle.dumps(Reduced()))
+    with pytest.raises(CheckpointError, match=f"the attribute '{arguments[1]}' of .* does not belong"):
+        Reader(step).read_metadata()
 
 
 @pytest.mark.parametrize(
