@@ -26,8 +26,8 @@ from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import blend, open_corpora
 from megatron_med.optim.lr_schedule import learning_rate
 from megatron_med.parallel.context import create_context
-from megatron_med.train.setup import build_machinery
-from megatron_med.train.step import Machinery, compute_gradients, train_step
+from megatron_med.train.setup import build_train_module
+from megatron_med.train.step import TrainModule, compute_gradients, train_step
 from megatron_med.train.timers import StepTimer
 
 STEPS = 20
@@ -90,12 +90,12 @@ def make_config(
     )
 
 
-def set_up(config: Config) -> tuple[Machinery, BatchLoader]:
-    """Machinery and data of this rank."""
+def set_up(config: Config) -> tuple[TrainModule, BatchLoader]:
+    """TrainModule and data of this rank."""
     faults = validate(config, dist.get_world_size())
     assert not faults, faults
     context = create_context(config.parallel, torch.device("cpu"))
-    machinery = build_machinery(config, context)
+    train_module = build_train_module(config, context)
     cache = cache_folder(None)
     seed, length = config.train.seed, config.data.sequence_length
     corpora = open_corpora(config.data.train, length, seed, config.model.vocab_size, cache)
@@ -109,36 +109,36 @@ def set_up(config: Config) -> tuple[Machinery, BatchLoader]:
         seed=seed,
         isolate_documents=config.data.isolate_documents,
     )
-    return machinery, loader
+    return train_module, loader
 
 
 def train_ranks(config: Config) -> tuple[list[float], list[float], list[tuple[str, tuple[int, ...], Any, np.ndarray]]]:
     """Trains on every rank; losses, norms, and this rank's slices of the first step's gradients."""
-    machinery, loader = set_up(config)
+    train_module, loader = set_up(config)
     size = config.train.global_batch_size
-    compute_gradients(machinery, loader.load(0, size, 1), StepTimer(torch.device("cpu")))
-    slices = [_gradient_slice(machinery, item) for item in machinery.optimizer.owned]
+    compute_gradients(train_module, loader.load(0, size, 1), StepTimer(torch.device("cpu")))
+    slices = [_gradient_slice(train_module, item) for item in train_module.optimizer.owned]
     losses, norms = [], []
     for step in range(1, config.train.steps + 1):
         lr = learning_rate(config.lr_schedule, config.optimizer.lr, step, config.train.steps)
         batches = loader.load((step - 1) * size, size, step)
-        result = train_step(machinery, batches, lr, False, StepTimer(torch.device("cpu")))
+        result = train_step(train_module, batches, lr, False, StepTimer(torch.device("cpu")))
         losses.append(result.loss)
         norms.append(result.gradient_norm)
     return losses, norms, slices
 
 
-def _gradient_slice(machinery: Machinery, item: Any) -> tuple[str, tuple[int, ...], Any, np.ndarray]:
+def _gradient_slice(train_module: TrainModule, item: Any) -> tuple[str, tuple[int, ...], Any, np.ndarray]:
     """Name, global shape, where the slice lies (start and stop of each dimension), values."""
-    layout, context = item.layout, machinery.context
+    layout, context = item.layout, train_module.context
     where = [[0, size] for size in layout.global_shape]
     if layout.tp_dim is not None:
         length = layout.global_shape[layout.tp_dim] // context.tp.size
         where[layout.tp_dim] = [context.tp.rank * length, (context.tp.rank + 1) * length]
     if item.gradient.shape != item.parameter.shape:
         start, stop = where[layout.dp_dim]
-        chunk = -(-(stop - start) // context.dp_shard.size)
-        begin = min(start + context.dp_shard.rank * chunk, stop)
+        chunk = -(-(stop - start) // context.fsdp.size)
+        begin = min(start + context.fsdp.rank * chunk, stop)
         where[layout.dp_dim] = [begin, min(begin + chunk, stop)]
     return layout.name, layout.global_shape, where, item.gradient.clone().numpy()
 

@@ -13,13 +13,9 @@ from megatron_med.config import ParallelConfig
 from megatron_med.errors import CheckpointError, ConfigError, run_command
 from megatron_med.generate.generator import Generator
 from megatron_med.generate.sampling import Sampling
+from megatron_med.launch.process_group import start_process_group
 from megatron_med.model.build import DTYPES
-from megatron_med.parallel.context import (
-    ParallelContext,
-    create_context,
-    single_process_context,
-    start_process_group,
-)
+from megatron_med.parallel.context import ParallelContext, create_context, single_process_context
 
 
 def main() -> None:

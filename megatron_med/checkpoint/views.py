@@ -14,15 +14,15 @@ from megatron_med.parallel.parameters import ParameterLayout, parameters_with_la
 
 
 class GlobalViews:
-    """Makes DTensor views over the (tp, dp_shard) ranks of this stage. Data is shared, never copied."""
+    """Makes DTensor views over the (tp, fsdp) ranks of this stage. Data is shared, never copied."""
 
     def __init__(self, context: ParallelContext, device_type: str | None = None) -> None:
         self._mesh: DeviceMesh | None = None
-        if context.grid is not None and context.tp.size * context.dp_shard.size > 1:
-            pp, replicate, cp = context.pp.rank, context.dp_replicate.rank, context.cp.rank
-            ranks = context.grid[pp, replicate, :, cp, :].t().contiguous()  # [tp, dp_shard]
+        if context.grid is not None and context.tp.size * context.fsdp.size > 1:
+            replica = context.grid[context.pp.rank, context.dp_replicate.rank]  # [dp_shard, cp, tp]
+            ranks = replica.flatten(0, 1).t().contiguous()  # [tp, fsdp]
             self._mesh = DeviceMesh(
-                device_type or context.device.type, ranks, mesh_dim_names=("tp", "dp_shard"), _init_backend=False
+                device_type or context.device.type, ranks, mesh_dim_names=("tp", "fsdp"), _init_backend=False
             )
 
     def of_piece(self, local: Tensor, layout: ParameterLayout) -> Tensor:
@@ -74,5 +74,5 @@ def optimizer_views(slices: dict[str, Tensor], optimizer: Optimizer, context: Pa
     entries = {}
     for name, tensor in slices.items():
         parameter = next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
-        entries[name] = views.of_slice(tensor, layouts[parameter], optimizer.cuts_slices)
+        entries[name] = views.of_slice(tensor, layouts[parameter], optimizer.is_sharded)
     return entries

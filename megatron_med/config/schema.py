@@ -128,6 +128,15 @@ class ParallelConfig:
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     """Communication beside computation."""
 
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline * self.context
+
+    def data_size(self, world_size: int) -> int:
+        """Data-parallel ranks of a world that ``model_ranks`` divides."""
+        return world_size // self.model_ranks
+
 
 @dataclass
 class DataSource:

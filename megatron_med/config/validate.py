@@ -27,7 +27,7 @@ def validate(config: Config, world_size: int) -> list[str]:
 
 def possible_world_sizes(parallel: ParallelConfig, world_size: int) -> list[int]:
     """The multiples of tensor x pipeline x context around ``world_size``."""
-    unit = parallel.tensor * parallel.pipeline * parallel.context
+    unit = parallel.model_ranks
     below = world_size // unit * unit
     return [size for size in (below - unit, below, below + unit, below + 2 * unit) if size > 0]
 
@@ -162,16 +162,17 @@ def _sharding(config: Config, world_size: int) -> Iterator[str]:
             f"parallel.replicate is {parallel.replicate}: with parallel.sharding none every data-parallel rank is a "
             "replica already. Set replicate to 1, or sharding to optimizer or full."
         )
-    unit = parallel.tensor * parallel.pipeline * parallel.context
-    dp = world_size // unit
-    if world_size % unit == 0 and dp % parallel.replicate:
+    if world_size % parallel.model_ranks:
+        return  # told with the batch
+    dp = parallel.data_size(world_size)
+    if dp % parallel.replicate:
         divisors = [size for size in range(1, dp + 1) if dp % size == 0]
         yield (
             f"parallel.replicate is {parallel.replicate}: it must divide the data-parallel size {dp}. "
             f"These would: {', '.join(map(str, divisors))}."
         )
         return
-    if parallel.sharding != "full" or world_size % unit:
+    if parallel.sharding != "full":
         return
     if not (parallel.overlap.gradient_reduce and parallel.overlap.weight_gather):
         yield (
@@ -194,7 +195,7 @@ def _sharding(config: Config, world_size: int) -> Iterator[str]:
 
 def _batch(config: Config, world_size: int) -> Iterator[str]:
     parallel, train, data = config.parallel, config.train, config.data
-    unit = parallel.tensor * parallel.pipeline * parallel.context
+    unit = parallel.model_ranks
     if world_size % unit:
         sizes = ", ".join(map(str, possible_world_sizes(parallel, world_size)))
         yield (
@@ -202,7 +203,7 @@ def _batch(config: Config, world_size: int) -> Iterator[str]:
             f"{parallel.pipeline} = {unit} must divide it. These world sizes would: {sizes}."
         )
     else:
-        dp = world_size // unit
+        dp = parallel.data_size(world_size)
         if train.global_batch_size % (train.micro_batch_size * dp):
             multiple = train.micro_batch_size * dp
             below = train.global_batch_size // multiple * multiple

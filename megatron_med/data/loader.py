@@ -62,8 +62,8 @@ class BatchLoader:
 
     def load(self, consumed: int, batch_size: int, step: int) -> list[MicroBatch]:
         """This rank's part of the global batch of ``batch_size`` samples that begins at sample ``consumed``."""
-        dp = self._context.dp
-        places = micro_batch_places(consumed, batch_size, self._micro_batch_size, dp.rank, dp.size)
+        axis = self._context.batch
+        places = micro_batch_places(consumed, batch_size, self._micro_batch_size, axis.rank, axis.size)
         return [self._micro_batch(place, step) for place in places]
 
     def _micro_batch(self, place: MicroBatchPlace, step: int) -> MicroBatch:

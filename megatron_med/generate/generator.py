@@ -19,7 +19,7 @@ from megatron_med.model.build import build_stage
 from megatron_med.model.cache import KeyValueCache
 from megatron_med.parallel.collectives import broadcast, gather_last_dim
 from megatron_med.parallel.context import ParallelContext
-from megatron_med.parallel.p2p import PipelineLink
+from megatron_med.parallel.pipeline_parallel.p2p import PipelineLink
 from megatron_med.parallel.random import generator_of
 from megatron_med.tokenizer import Tokenizer, load_tokenizer
 

@@ -1,43 +1,72 @@
-"""The local products of a linear layer: forward, gradient of the input, gradient of the weight.
+"""The local product of a linear layer as an object, so that a weight's format is written once for every topology.
 
 A weight may have more than two dimensions, ``[pieces, out, in]``: it is one matrix of ``pieces * out`` rows.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x [..., in] @ weight [out, in].T + bias [out]`` -> ``[..., out]``."""
-    return F.linear(x, _matrix(weight), None if bias is None else bias.flatten())
+class LocalLinear(ABC):
+    """``Y = X W^T + b`` on one rank, its gradients ``dX = dY W`` and ``dW = dY^T X``, for one format of the weight.
 
-
-def input_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
-    """``gradient [..., out] @ weight [out, in]`` -> ``[..., in]``."""
-    return gradient @ _matrix(weight)
-
-
-def weight_gradient(gradient: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """``gradient [..., out].T @ x [..., in]``, shaped like the weight."""
-    return (_rows(gradient).t() @ _rows(x)).view(weight.shape)
-
-
-def accumulate_weight_gradient(gradient: Tensor, x: Tensor, total: Tensor) -> None:
-    """Adds ``gradient [..., out].T @ x [..., in]`` to ``total``, fp32 and shaped like the weight.
-
-    On CUDA half-precision products are summed into fp32 by the product itself; the CPU has no such product, so its
-    result is added in fp32.
+    It knows no process group; what goes over the network is the business of whoever calls it. The weight is passed at
+    each call, since full sharding swaps it. ``saved`` is what the backward pass needs beside ``X`` and ``W`` (scales,
+    quantised operands): a tuple of tensors for ``save_for_backward``, never a gathered input.
     """
-    total, left, right = _matrix(total), _rows(gradient).t(), _rows(x)
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif total.is_cuda:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total.add_(left @ right)
+
+    @abstractmethod
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``x [..., in]``, ``weight [out, in]``, ``bias [out]`` -> ``[..., out]`` and ``saved``."""
+
+    @abstractmethod
+    def input_grad(self, weight: Tensor, saved: tuple[Tensor, ...], grad: Tensor) -> Tensor:
+        """``dX = dY W``: ``grad [..., out]`` -> ``[..., in]``."""
+
+    @abstractmethod
+    def weight_grad(
+        self, x: Tensor, saved: tuple[Tensor, ...], grad: Tensor, out: Tensor | None = None
+    ) -> Tensor | None:
+        """``dW = dY^T X``.
+
+        Args:
+            x: ``[..., in]``, the input of ``forward``.
+            saved: what ``forward`` gave.
+            grad: ``[..., out]``, the gradient of the output.
+            out: fp32 main gradient, shaped like the weight, to which ``dW`` is added; None returns ``dW [out, in]``.
+        """
+
+
+class DenseLinear(LocalLinear):
+    """Weights in the precision that the model computes with: fp32, bf16 or fp16. Saves nothing."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return F.linear(x, _matrix(weight), None if bias is None else bias.flatten()), ()
+
+    def input_grad(self, weight: Tensor, saved: tuple[Tensor, ...], grad: Tensor) -> Tensor:
+        return grad @ _matrix(weight)
+
+    def weight_grad(
+        self, x: Tensor, saved: tuple[Tensor, ...], grad: Tensor, out: Tensor | None = None
+    ) -> Tensor | None:
+        """On CUDA half-precision products are summed into fp32 by the product itself; the CPU has no such product, so
+        its result is added in fp32."""
+        left, right = _rows(grad).t(), _rows(x)
+        if out is None:
+            return left @ right
+        total = _matrix(out)
+        if left.dtype == total.dtype:
+            total.addmm_(left, right)
+        elif total.is_cuda:
+            torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+        else:
+            total.add_(left @ right)
+        return None
 
 
 def _matrix(weight: Tensor) -> Tensor:

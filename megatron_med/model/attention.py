@@ -14,8 +14,8 @@ from megatron_med.model.batch import MicroBatch
 from megatron_med.model.cache import KeyValueCache
 from megatron_med.model.recompute import KEEP_ALL, Recompute, recomputed
 from megatron_med.parallel.context import ParallelContext
-from megatron_med.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_med.parallel.random import DropoutRegion
+from megatron_med.parallel.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 
 def qkv_parts(config: ModelConfig) -> dict[str, Tensor]:
@@ -51,11 +51,9 @@ class Attention(nn.Module):
         self.layer = layer
         self.queries = config.queries_per_group
         self.head_dim = config.head_dim
-        name = f"layers.{layer}.attention"
         heads = config.num_attention_heads * config.head_dim
         rows = config.num_query_groups * (config.queries_per_group + 2) * config.head_dim
         self.qkv = ColumnParallelLinear(
-            f"{name}.qkv",
             (rows, config.hidden_size),
             context,
             dtype,
@@ -64,14 +62,15 @@ class Attention(nn.Module):
             parts=qkv_parts(config),
         )
         self.output = RowParallelLinear(
-            f"{name}.output",
             (config.hidden_size, heads),
             context,
             dtype,
             bias=bias,
             init_std=config.init_std / math.sqrt(2 * config.num_layers),
         )
-        self.dropout = DropoutRegion(config.attention_dropout, f"{name}.probabilities", context.tp.rank)
+        self.dropout = DropoutRegion(
+            config.attention_dropout, f"layers.{layer}.attention.probabilities", context.tp.rank
+        )
 
     def forward(
         self,
@@ -93,7 +92,7 @@ class Attention(nn.Module):
         query = mixed[..., : self.queries, :].reshape(seq, samples, -1, self.head_dim)
         key, value = mixed[..., self.queries, :], mixed[..., self.queries + 1, :]
         if rotary is not None:
-            query, key = kernels.rotate(query, *rotary), kernels.rotate(key, *rotary)
+            query, key = kernels.apply_rotary_emb(query, *rotary), kernels.apply_rotary_emb(key, *rotary)
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
             assert seq in (1, key.shape[0]), "after the prompt, tokens come one at a time"

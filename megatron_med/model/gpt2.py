@@ -14,7 +14,7 @@ from megatron_med.model.cache import KeyValueCache
 from megatron_med.model.mlp import MLP
 from megatron_med.model.norm import LayerNorm
 from megatron_med.model.recompute import KEEP_ALL, Recompute
-from megatron_med.model.transformer import Transformer
+from megatron_med.model.transformer import Embedding, Transformer
 from megatron_med.parallel.collectives import split_first_dim
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.parameters import ParameterLayout, make_parameter
@@ -26,6 +26,26 @@ def _sequence_shard(context: ParallelContext) -> int:
     return context.tp.rank if context.sequence_parallel else 0
 
 
+class PositionEmbedding(nn.Module):
+    """Positions ``[batch, seq]`` -> ``[seq(/tp), batch, hidden]``; every tensor-parallel rank holds all of them."""
+
+    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.context = context
+        layout = ParameterLayout(
+            (config.max_position_embeddings, config.hidden_size),
+            partial_over_tp=context.sequence_parallel,
+            init_std=config.init_std,
+        )
+        self.weight = make_parameter(layout, context, dtype)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        positions = positions.t()
+        if self.context.sequence_parallel:
+            positions = split_first_dim(positions, self.context.tp)
+        return F.embedding(positions, self.weight)
+
+
 class GPT2Layer(nn.Module):
     """x + dropout(attention(norm(x))), then x + dropout(mlp(norm(x)))."""
 
@@ -33,14 +53,13 @@ class GPT2Layer(nn.Module):
         self, layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, recompute: Recompute
     ) -> None:
         super().__init__()
-        name = f"layers.{layer}"
-        self.attention_norm = LayerNorm(f"{name}.attention_norm", config, context, dtype)
+        self.attention_norm = LayerNorm(config, context, dtype)
         self.attention = Attention(layer, config, context, dtype, recompute, bias=True)
-        self.mlp_norm = LayerNorm(f"{name}.mlp_norm", config, context, dtype)
-        self.mlp = MLP(layer, config, context, dtype)
+        self.mlp_norm = LayerNorm(config, context, dtype)
+        self.mlp = MLP(config, context, dtype)
         shard = _sequence_shard(context)
-        self.attention_dropout = DropoutRegion(config.hidden_dropout, f"{name}.attention", shard)
-        self.mlp_dropout = DropoutRegion(config.hidden_dropout, f"{name}.mlp", shard)
+        self.attention_dropout = DropoutRegion(config.hidden_dropout, f"layers.{layer}.attention", shard)
+        self.mlp_dropout = DropoutRegion(config.hidden_dropout, f"layers.{layer}.mlp", shard)
 
     def forward(self, x: Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> Tensor:
         key = batch.dropout_key
@@ -61,27 +80,19 @@ class GPT2(Transformer):
         recompute: Recompute = KEEP_ALL,
     ) -> None:
         super().__init__(config, context, chunk, dtype, recompute)
-        if chunk.is_first:
-            layout = ParameterLayout(
-                "embedding.position.weight",
-                (config.max_position_embeddings, config.hidden_size),
-                partial_over_tp=context.sequence_parallel,
-                init_std=config.init_std,
-            )
-            self.position_embedding = make_parameter(layout, context, dtype)
-        shard = _sequence_shard(context)
-        self.embedding_dropout = DropoutRegion(config.embedding_dropout, "embedding", shard)
+        self.embedding_dropout = DropoutRegion(config.embedding_dropout, "embedding", _sequence_shard(context))
+
+    def make_embedding(self, dtype: torch.dtype) -> Embedding:
+        word = super().make_embedding(dtype).word
+        return Embedding(word, PositionEmbedding(self.config, self.context, dtype) if self.chunk.is_first else None)
 
     def make_layer(self, layer: int, dtype: torch.dtype) -> nn.Module:
         return GPT2Layer(layer, self.config, self.context, dtype, self.recompute)
 
-    def make_norm(self, name: str, dtype: torch.dtype) -> nn.Module:
-        return LayerNorm(name, self.config, self.context, dtype)
+    def make_norm(self, dtype: torch.dtype) -> nn.Module:
+        return LayerNorm(self.config, self.context, dtype)
 
     def embed(self, batch: MicroBatch) -> Tensor:
-        assert self.word_embedding is not None, "only the first chunk embeds"
-        positions = batch.positions.t()
-        if self.context.sequence_parallel:
-            positions = split_first_dim(positions, self.context.tp)
-        hidden = self.word_embedding(batch.tokens) + F.embedding(positions, self.position_embedding)
+        assert self.embedding.position is not None, "only the first chunk embeds"
+        hidden = self.embedding.word(batch.tokens) + self.embedding.position(batch.positions)
         return self.embedding_dropout(hidden, batch.dropout_key, self.training)

@@ -15,7 +15,7 @@ from megatron_med.model.cache import KeyValueCache
 from megatron_med.model.mlp import GatedMLP
 from megatron_med.model.norm import RMSNorm
 from megatron_med.model.recompute import KEEP_ALL, Recompute
-from megatron_med.model.rope import RotaryAngles
+from megatron_med.model.rope import RotaryEmbedding
 from megatron_med.model.transformer import Transformer
 from megatron_med.parallel.context import ParallelContext
 
@@ -27,10 +27,10 @@ class LlamaLayer(nn.Module):
         self, layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, recompute: Recompute
     ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(f"layers.{layer}.attention_norm", config, context, dtype)
+        self.attention_norm = RMSNorm(config, context, dtype)
         self.attention = Attention(layer, config, context, dtype, recompute, bias=False)
-        self.mlp_norm = RMSNorm(f"layers.{layer}.mlp_norm", config, context, dtype)
-        self.mlp = GatedMLP(layer, config, context, dtype)
+        self.mlp_norm = RMSNorm(config, context, dtype)
+        self.mlp = GatedMLP(config, context, dtype)
 
     def forward(
         self, x: Tensor, batch: MicroBatch, cache: KeyValueCache | None, rotary: tuple[Tensor, Tensor]
@@ -51,17 +51,16 @@ class Llama(Transformer):
         recompute: Recompute = KEEP_ALL,
     ) -> None:
         super().__init__(config, context, chunk, dtype, recompute)
-        self.rotary = RotaryAngles(config, context.device, dtype)
+        self.rotary = RotaryEmbedding(config, context.device, dtype)
 
     def make_layer(self, layer: int, dtype: torch.dtype) -> nn.Module:
         return LlamaLayer(layer, self.config, self.context, dtype, self.recompute)
 
-    def make_norm(self, name: str, dtype: torch.dtype) -> nn.Module:
-        return RMSNorm(name, self.config, self.context, dtype)
+    def make_norm(self, dtype: torch.dtype) -> nn.Module:
+        return RMSNorm(self.config, self.context, dtype)
 
     def embed(self, batch: MicroBatch) -> Tensor:
-        assert self.word_embedding is not None, "only the first chunk embeds"
-        return self.word_embedding(batch.tokens)
+        return self.embedding.word(batch.tokens)
 
     def layer_inputs(self, batch: MicroBatch) -> tuple[Any, ...]:
         return (self.rotary(batch.positions),)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from megatron_med.config import ModelConfig
 from megatron_med.kernels import functional as kernels
 from megatron_med.parallel.context import ParallelContext
-from megatron_med.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron_med.parallel.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 
 def gate_up_parts(config: ModelConfig) -> dict[str, Tensor]:
@@ -19,11 +19,8 @@ def gate_up_parts(config: ModelConfig) -> dict[str, Tensor]:
     return {"gate": rows[0], "up": rows[1]}
 
 
-def _down(
-    layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype, bias: bool
-) -> RowParallelLinear:
+def _down(config: ModelConfig, context: ParallelContext, dtype: torch.dtype, bias: bool) -> RowParallelLinear:
     return RowParallelLinear(
-        f"layers.{layer}.mlp.down",
         (config.hidden_size, config.ffn_hidden_size),
         context,
         dtype,
@@ -35,10 +32,9 @@ def _down(
 class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), ``[seq(/tp), batch, hidden]`` -> the same shape (Shazeer 2020)."""
 
-    def __init__(self, layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         self.gate_up = ColumnParallelLinear(
-            f"layers.{layer}.mlp.gate_up",
             (2, config.ffn_hidden_size, config.hidden_size),
             context,
             dtype,
@@ -46,7 +42,7 @@ class GatedMLP(nn.Module):
             init_std=config.init_std,
             parts=gate_up_parts(config),
         )
-        self.down = _down(layer, config, context, dtype, bias=False)
+        self.down = _down(config, context, dtype, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(kernels.swiglu(self.gate_up(x)))
@@ -55,17 +51,16 @@ class GatedMLP(nn.Module):
 class MLP(nn.Module):
     """down(gelu(up(x))), with biases, ``[seq(/tp), batch, hidden]`` -> the same shape."""
 
-    def __init__(self, layer: int, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         self.up = ColumnParallelLinear(
-            f"layers.{layer}.mlp.up",
             (config.ffn_hidden_size, config.hidden_size),
             context,
             dtype,
             bias=True,
             init_std=config.init_std,
         )
-        self.down = _down(layer, config, context, dtype, bias=True)
+        self.down = _down(config, context, dtype, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(kernels.gelu_tanh(self.up(x)))

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 from megatron_med.config import ModelConfig
 from megatron_med.kernels import functional as kernels
 from megatron_med.parallel.context import ParallelContext
-from megatron_med.parallel.layers import replicated_layout
 from megatron_med.parallel.parameters import make_parameter
+from megatron_med.parallel.tensor_parallel.layers import replicated_layout
 
 
 class RMSNorm(nn.Module):
     """``[seq(/tp), batch, hidden]`` -> the same shape (Zhang and Sennrich 2019)."""
 
-    def __init__(self, name: str, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps = config.norm_eps
-        layout = replicated_layout(f"{name}.weight", (config.hidden_size,), "ones", context)
+        layout = replicated_layout((config.hidden_size,), "ones", context)
         self.weight = make_parameter(layout, context, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,12 +28,12 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """``[seq(/tp), batch, hidden]`` -> the same shape (Ba et al. 2016)."""
 
-    def __init__(self, name: str, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         self.eps = config.norm_eps
         shape = (config.hidden_size,)
-        self.weight = make_parameter(replicated_layout(f"{name}.weight", shape, "ones", context), context, dtype)
-        self.bias = make_parameter(replicated_layout(f"{name}.bias", shape, "zeros", context), context, dtype)
+        self.weight = make_parameter(replicated_layout(shape, "ones", context), context, dtype)
+        self.bias = make_parameter(replicated_layout(shape, "zeros", context), context, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)

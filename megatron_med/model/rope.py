@@ -11,7 +11,7 @@ from megatron_med.config import ModelConfig
 from megatron_med.config.schema import RopeScaling
 
 
-def inverse_frequencies(config: ModelConfig) -> Tensor:
+def inv_freq(config: ModelConfig) -> Tensor:
     """theta^(-2i / head_dim) for i in 0 .. head_dim/2, scaled as the configuration says; fp32."""
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
@@ -31,11 +31,11 @@ def _llama3_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
-class RotaryAngles:
+class RotaryEmbedding:
     """Cosines and sines for given positions."""
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        self._frequencies = inverse_frequencies(config).to(device)
+        self._frequencies = inv_freq(config).to(device)
         self._dtype = dtype
 
     def __call__(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,18 @@ from megatron_med.model.batch import MicroBatch
 from megatron_med.model.cache import KeyValueCache
 from megatron_med.model.recompute import KEEP_ALL, Recompute, recomputed
 from megatron_med.parallel.context import ParallelContext
-from megatron_med.parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron_med.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron_med.parallel.parameters import name_parameters
+from megatron_med.parallel.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron_med.parallel.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+
+
+class Embedding(nn.Module):
+    """Of words and, in some families, of positions."""
+
+    def __init__(self, word: VocabParallelEmbedding, position: nn.Module | None = None) -> None:
+        super().__init__()
+        self.word = word
+        self.position = position
 
 
 class Transformer(nn.Module, ABC):
@@ -27,7 +37,13 @@ class Transformer(nn.Module, ABC):
         chunk: this piece's layers, and whether it begins and ends the model.
         dtype: of weights and activations.
         recompute: which activations are computed again in the backward pass.
+
+    Attributes:
+        embedding: on the first chunk, and on the last one where it is tied to the head.
+        layers, final_norm, head: the last two on the last chunk.
     """
+
+    embedding: Embedding
 
     def __init__(
         self,
@@ -43,39 +59,43 @@ class Transformer(nn.Module, ABC):
         self.chunk = chunk
         self.dtype = dtype
         self.recompute = recompute
-        self.word_embedding: VocabParallelEmbedding | None = None
-        self.head: ColumnParallelLinear | None = None
         tied = bool(config.tie_embeddings)
-        shape = (config.padded_vocab_size, config.hidden_size)
         if chunk.is_first or (tied and chunk.is_last):
-            self.word_embedding = VocabParallelEmbedding(
-                "embedding.word",
-                shape,
-                context,
-                dtype,
-                init_std=config.init_std,
-                shared=tied and context.pp.size > 1,
-                uses=2 if tied and chunk.is_first and chunk.is_last else 1,
-            )
+            self.embedding = self.make_embedding(dtype)
         self.layers = nn.ModuleList(self.make_layer(layer, dtype) for layer in chunk.layers)
         if chunk.is_last:
-            self.final_norm = self.make_norm("final_norm", dtype)
+            self.final_norm = self.make_norm(dtype)
             self.head = ColumnParallelLinear(
-                "head",
-                shape,
+                (config.padded_vocab_size, config.hidden_size),
                 context,
                 dtype,
                 bias=False,
                 init_std=config.init_std,
-                weight=self.word_embedding.weight if tied and self.word_embedding is not None else None,
+                weight=self.embedding.word.weight if tied else None,
             )
+        name_parameters(self, chunk.layers)
+
+    def make_embedding(self, dtype: torch.dtype) -> Embedding:
+        """Word embeddings on the chunks that hold it: the first one, and the last one where it is tied to the head."""
+        config, chunk = self.config, self.chunk
+        tied = bool(config.tie_embeddings)
+        return Embedding(
+            VocabParallelEmbedding(
+                (config.padded_vocab_size, config.hidden_size),
+                self.context,
+                dtype,
+                init_std=config.init_std,
+                shared=tied and self.context.pp.size > 1,
+                grad_contributions=2 if tied and chunk.is_first and chunk.is_last else 1,
+            )
+        )
 
     @abstractmethod
     def make_layer(self, layer: int, dtype: torch.dtype) -> nn.Module:
         """The transformer layer with this global index."""
 
     @abstractmethod
-    def make_norm(self, name: str, dtype: torch.dtype) -> nn.Module:
+    def make_norm(self, dtype: torch.dtype) -> nn.Module:
         """The family's normalisation."""
 
     @abstractmethod
@@ -98,14 +118,14 @@ class Transformer(nn.Module, ABC):
         """
         if self.chunk.is_first:
             hidden = self.embed(batch)
-        assert hidden is not None, "a chunk behind the first one needs hidden states"
+        assert hidden is not None, "a chunk after the first one needs hidden states"
         inputs = self.layer_inputs(batch)
         for index, layer in zip(self.chunk.layers, self.layers, strict=True):
             if self.training and self.recompute.whole_layer(index):
                 hidden = recomputed(layer, hidden, batch, cache, *inputs)
             else:
                 hidden = layer(hidden, batch, cache, *inputs)
-        if self.head is None:
+        if not self.chunk.is_last:
             return hidden
         return self.head(self.final_norm(hidden))
 

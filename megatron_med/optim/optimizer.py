@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_med.config.schema import OptimizerConfig
 from megatron_med.parallel.collectives import all_reduce
 from megatron_med.parallel.context import ParallelContext
-from megatron_med.parallel.data_parallel import DataParallel, OwnedParameter
+from megatron_med.parallel.data_parallel.base import DataParallel, ParameterShard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state tensors, each shaped like the slice."""
@@ -54,7 +54,7 @@ class Optimizer:
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(master)
 
-    def _hyperparameters(self, item: OwnedParameter) -> tuple[float, float]:
+    def _hyperparameters(self, item: ParameterShard) -> tuple[float, float]:
         """Factor of the learning rate, and weight decay: of the first group that matches."""
         decay = self._config.weight_decay if item.layout.weight_decay else 0.0
         for group in self._config.groups:
@@ -63,13 +63,13 @@ class Optimizer:
         return 1.0, decay
 
     @property
-    def owned(self) -> list[OwnedParameter]:
+    def owned(self) -> list[ParameterShard]:
         return self._data_parallel.owned
 
     @property
-    def cuts_slices(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether data-parallel ranks own different slices."""
-        return self._data_parallel.cuts_slices
+        return self._data_parallel.is_sharded
 
     @property
     def steps(self) -> int:
@@ -82,7 +82,7 @@ class Optimizer:
         for master in self._masters.values():
             self._adamw.state[master]["step"].fill_(value)
 
-    def moment(self, item: OwnedParameter, name: str) -> Tensor:
+    def moment(self, item: ParameterShard, name: str) -> Tensor:
         """One state tensor of a slice: ``exp_avg`` or ``exp_avg_sq``."""
         return self._adamw.state[self._masters[item.layout.name]][name]
 
@@ -119,4 +119,4 @@ class Optimizer:
                 group["weight_decay"] /= self.initial_lr * group["lr_scale"]
         self._adamw.step()
         self._adamw.zero_grad()
-        self._data_parallel.publish()
+        self._data_parallel.start_param_sync()

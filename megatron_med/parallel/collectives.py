@@ -106,7 +106,7 @@ class _ReduceScatterToSequence(Function):
         return all_gather_first_dim(gradients[0], ctx.axis), None
 
 
-def leave_tensor_parallel(tensor: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
+def reduce_from_tensor_parallel(tensor: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
     """Sums the partial results of a row-parallel product; ``[seq/tp, batch, hidden]`` under sequence parallelism."""
     if axis.size == 1:
         return tensor

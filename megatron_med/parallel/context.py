@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_med.config import ParallelConfig
 from megatron_med.config.schema import OverlapConfig
-from megatron_med.parallel.rendezvous import meet
-from megatron_med.parallel.roll_call import RollCall
-from megatron_med.parallel.weight_products import WeightProducts
 
 GRID = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Dimensions of the grid, outermost first: tp is innermost so that it stays inside a node."""
+
+AXES: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in ("tp", "pp", "dp_shard", "dp_replicate", "cp")},
+    "batch": ("dp_replicate", "dp_shard"),
+    "loss": ("dp_replicate", "dp_shard", "cp"),
+    "fsdp": ("dp_shard", "cp"),
+}
+"""Axes of the grid by the dimensions in which their ranks differ. Equal axes share a group and the first one's name."""
 
 
 @dataclass(frozen=True)
@@ -46,70 +50,56 @@ class ParallelContext:
     """Coordinates and groups of this rank.
 
     Attributes:
-        world, tp, pp, dp, dp_shard, dp_replicate, cp: axes of the grid; dp is dp_replicate x dp_shard x cp.
-        embedding: first and last stage of this rank's pipeline, which share tied embeddings; a single rank
-            on the stages between.
+        tp, pp, dp_shard, dp_replicate, cp: dimensions of the grid.
+        batch: dp_replicate x dp_shard, over which samples are dealt.
+        loss: batch x cp, over which gradients and token counts are summed.
+        fsdp: dp_shard x cp, over which parameters or optimizer states are cut.
         pp_backward: the same ranks as pp with a group of their own, so that gradients travelling back never
             wait behind activations travelling forward.
         pp_wrap, pp_wrap_backward: the same again for the way from the last stage to the first one's next chunk:
             with two stages it runs between the same two ranks in the opposite direction.
+        embedding: first and last stage of this rank's pipeline, which share tied embeddings; a single rank
+            on the stages between.
+        world: all ranks.
         grid: all ranks as ``[pp, dp_replicate, dp_shard, cp, tp]``.
         sequence_parallel: activations between matrix products are cut along the sequence.
         overlap: which communication runs beside computation.
         timeout: how long a collective may wait; None: the backend's own.
-        weight_products: runs this rank's weight-gradient products, or keeps them for later.
     """
 
     device: torch.device
-    world: Axis = Axis()
     tp: Axis = Axis()
     pp: Axis = Axis()
-    pp_backward: Axis = Axis()
-    pp_wrap: Axis = Axis()
-    pp_wrap_backward: Axis = Axis()
-    dp: Axis = Axis()
     dp_shard: Axis = Axis()
     dp_replicate: Axis = Axis()
     cp: Axis = Axis()
+    batch: Axis = Axis()
+    loss: Axis = Axis()
+    fsdp: Axis = Axis()
+    pp_backward: Axis = Axis()
+    pp_wrap: Axis = Axis()
+    pp_wrap_backward: Axis = Axis()
     embedding: Axis = Axis()
+    world: Axis = Axis()
     sequence_parallel: bool = False
     grid: torch.Tensor | None = None
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     timeout: timedelta | None = None
-    weight_products: WeightProducts = field(default_factory=WeightProducts)
+
+    def axes(self) -> dict[str, Axis]:
+        """Every axis by name; of those that share a group the first one names it."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Axis)}
 
     @property
     def sequence_shards(self) -> int:
-        """Pieces that sequence parallelism cuts the sequence into."""
+        """Shards that sequence parallelism cuts the sequence into."""
         return self.tp.size if self.sequence_parallel else 1
 
 
 def single_process_context(device: torch.device | None = None) -> ParallelContext:
     """One rank, no process group."""
     return ParallelContext(device=device or torch.device("cpu"))
-
-
-def start_process_group(timeout: timedelta) -> tuple[torch.device, RollCall]:
-    """Joins the ranks that torchrun started, or makes a world of one.
-
-    Returns:
-        This rank's device, and the means to tell who is silent when a collective fails.
-    """
-    use_cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_cuda else torch.device("cpu")
-    if use_cuda:
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
-    store, rank, world_size = meet(timeout)
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
-    return device, RollCall(dist.PrefixStore("roll_call", store), rank, world_size)
-
-
-def start_fake_process_group(rank: int, world_size: int) -> torch.device:
-    """Makes this process one rank of a world of which no other rank exists: torch's fake backend, whose collectives
-    move nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
-    return torch.device("cpu")
 
 
 def create_context(config: ParallelConfig, device: torch.device, timeout: timedelta | None = None) -> ParallelContext:
@@ -121,26 +111,19 @@ def create_context(config: ParallelConfig, device: torch.device, timeout: timede
         timeout: how long a collective of any group may wait; None: the backend's own.
     """
     world_size = dist.get_world_size()
-    unit = config.tensor * config.pipeline * config.context
-    assert world_size % unit == 0, f"world size {world_size} is not a multiple of {unit}: validate() missed it"
-    dp = world_size // unit
-    shape = (config.pipeline, config.replicate, dp // config.replicate, config.context, config.tensor)
-    grid = _Grid(torch.arange(world_size).view(shape), timeout)
+    grid = RankGrid(config, world_size)
+    groups = _Groups(timeout)
+    by_label = {label: groups.of(grid.lines(*AXES[label])) for label in dict.fromkeys(map(grid.label, AXES))}
+    pp = by_label[grid.label("pp")]
     wraps = config.virtual_stages > 1
-    pp = grid.axis("pp")
     return ParallelContext(
         device=device,
+        **{name: by_label[grid.label(name)] for name in AXES},
+        pp_backward=groups.of(grid.lines("pp")),
+        pp_wrap=groups.of(grid.lines("pp")) if wraps else Axis(),
+        pp_wrap_backward=groups.of(grid.lines("pp")) if wraps else Axis(),
+        embedding=groups.of(grid.ends_of_pipelines()) if pp.size > 2 else pp,
         world=Axis(world_size, dist.get_rank(), tuple(range(world_size)), dist.group.WORLD if world_size > 1 else None),
-        tp=grid.axis("tp"),
-        pp=pp,
-        pp_backward=grid.axis("pp"),
-        pp_wrap=grid.axis("pp") if wraps else Axis(),
-        pp_wrap_backward=grid.axis("pp") if wraps else Axis(),
-        dp=grid.axis("dp_replicate", "dp_shard", "cp"),
-        dp_shard=grid.axis("dp_shard"),
-        dp_replicate=grid.axis("dp_replicate"),
-        cp=grid.axis("cp"),
-        embedding=grid.ends_of_pipelines() if pp.size > 2 else pp,
         sequence_parallel=config.sequence_parallel and config.tensor > 1,
         grid=grid.ranks,
         overlap=config.overlap,
@@ -148,33 +131,58 @@ def create_context(config: ParallelConfig, device: torch.device, timeout: timede
     )
 
 
-class _Grid:
-    """Slices of ``[pp, dp_replicate, dp_shard, cp, tp]`` as process groups."""
+class RankGrid:
+    """All ranks of a world as ``[pp, dp_replicate, dp_shard, cp, tp]``. Knows no process group.
 
-    def __init__(self, ranks: torch.Tensor, timeout: timedelta | None) -> None:
-        self.ranks = ranks
-        self._timeout = timeout
+    Args:
+        config: sizes of the axes.
+        world_size: a multiple of what ``config`` gives one replica.
+    """
 
-    def axis(self, *names: str) -> Axis:
-        """The ranks that differ from this one in the named dimensions only, with a new group."""
-        return self._own_group(self._lines(*names))
+    def __init__(self, config: ParallelConfig, world_size: int) -> None:
+        assert world_size % config.model_ranks == 0, (
+            f"world size {world_size} is not a multiple of {config.model_ranks}: validate() missed it"
+        )
+        shards = config.data_size(world_size) // config.replicate
+        shape = (config.pipeline, config.replicate, shards, config.context, config.tensor)
+        self.ranks = torch.arange(world_size).view(shape)
 
-    def ends_of_pipelines(self) -> Axis:
-        """First and last stage; a single rank on the stages between."""
-        return self._own_group([[line[0], line[-1]] for line in self._lines("pp")])
-
-    def _lines(self, *names: str) -> list[list[int]]:
+    def lines(self, *names: str) -> list[list[int]]:
         """Every set of ranks that differ in the named dimensions only."""
         dims = [GRID.index(name) for name in names]
         last = self.ranks.movedim(dims, list(range(-len(dims), 0)))
         return last.flatten(-len(dims)).flatten(0, -2).tolist()
 
-    def _own_group(self, lines: list[list[int]]) -> Axis:
-        if len(lines[0]) == 1:
-            return Axis(ranks=(dist.get_rank(),))
-        own = Axis(ranks=(dist.get_rank(),))
-        for line in lines:  # every rank takes part in making every group
+    def ends_of_pipelines(self) -> list[list[int]]:
+        """First and last stage of every pipeline; the stages between stand in none."""
+        return [[line[0], line[-1]] for line in self.lines("pp")]
+
+    def label(self, axis: str) -> str:
+        """The first of ``AXES`` with the same sets of ranks."""
+        return next(name for name in AXES if self._spread(name) == self._spread(axis))
+
+    def _spread(self, axis: str) -> list[str]:
+        """Dimensions of an axis that have more than one rank."""
+        return [name for name in AXES[axis] if self.ranks.shape[GRID.index(name)] > 1]
+
+
+def axis_label(axes: Mapping[str, Axis], name: str) -> str:
+    """The name under which the traffic of an axis is counted: the first of ``AXES`` with the same ranks."""
+    return next(label for label in AXES if axes[label].ranks == axes[name].ranks)
+
+
+class _Groups:
+    """Makes process groups; every rank takes part in making every one."""
+
+    def __init__(self, timeout: timedelta | None) -> None:
+        self._timeout = timeout
+
+    def of(self, lines: list[list[int]]) -> Axis:
+        """A new group for each line; this rank's own. A single rank where no line has it, or lines of one."""
+        rank = dist.get_rank()
+        own = Axis(ranks=(rank,))
+        for line in lines if len(lines[0]) > 1 else ():
             group = dist.new_group(line, timeout=self._timeout)
-            if dist.get_rank() in line:
-                own = Axis(len(line), line.index(dist.get_rank()), tuple(line), group)
+            if rank in line:
+                own = Axis(len(line), line.index(rank), tuple(line), group)
         return own

@@ -5,8 +5,8 @@ A tensor-parallel shard is always one contiguous slice of the global tensor, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, cast
 
 import torch
@@ -21,31 +21,33 @@ class ParameterLayout:
     """Where a parameter comes from and how it is cut.
 
     Attributes:
-        name: canonical name, equal under every topology: ``layers.12.attention.qkv.weight``.
         global_shape: shape of the uncut tensor.
         tp_dim: dimension that tensor-parallel ranks cut evenly; None where each holds it all.
         dp_dim: dimension that the sharded optimizer cuts, of the tensor-parallel piece.
         parts: named parts as row indices into the global tensor seen as ``[rows, columns]``.
         partial_over_tp: each tensor-parallel rank computes only a part of the gradient's sum.
         shared: the first and last stage each hold a copy (tied embeddings).
-        uses: contributions to its gradient in one backward pass; 2 where one stage holds embedding and tied head.
+        grad_contributions: contributions to its gradient in one backward pass; 2 where one stage holds embedding and
+            tied head.
         trained: whether the optimizer changes it.
         weight_decay: whether weight decay applies.
         init: normal (mean 0, ``init_std``), ones or zeros.
+        name: canonical name, equal under every topology: ``layers.12.attention.qkv.weight``. It is the parameter's path
+            in the whole model, and given by ``name_parameters``.
     """
 
-    name: str
     global_shape: tuple[int, ...]
     tp_dim: int | None = None
     dp_dim: int = 0
     parts: Mapping[str, Tensor] = field(default_factory=dict)
     partial_over_tp: bool = False
     shared: bool = False
-    uses: int = 1
+    grad_contributions: int = 1
     trained: bool = True
     weight_decay: bool = True
     init: Literal["normal", "ones", "zeros"] = "normal"
     init_std: float = 0.02
+    name: str = ""
 
     def local_shape(self, tp: Axis) -> tuple[int, ...]:
         """Shape of one tensor-parallel piece."""
@@ -70,21 +72,21 @@ def make_parameter(layout: ParameterLayout, context: ParallelContext, dtype: tor
 
 
 @dataclass(frozen=True)
-class GradientSink:
+class MainGrad:
     """Where the products of a backward pass leave a parameter's gradient, past autograd.
 
     Attributes:
-        main_grad: fp32 sum over the micro-batches, shaped like the parameter.
-        arrived: to be called once for every contribution.
+        total: fp32 sum over the micro-batches, shaped like the parameter.
+        register_grad_ready: to be called once for every contribution.
     """
 
-    main_grad: Tensor
-    arrived: Callable[[], None]
+    total: Tensor
+    register_grad_ready: Callable[[], None]
 
 
-def gradient_sink(parameter: Tensor) -> GradientSink | None:
-    """The sink of a parameter; None where its gradient goes through autograd."""
-    return getattr(parameter, "gradient_sink", None)
+def main_grad_of(parameter: Tensor) -> MainGrad | None:
+    """The main gradient of a parameter; None where its gradient goes through autograd."""
+    return getattr(parameter, "main_grad", None)
 
 
 def layout_of(parameter: Tensor) -> ParameterLayout:
@@ -98,6 +100,20 @@ def parameters_with_layout(module: nn.Module) -> Iterator[tuple[ParameterLayout,
         yield layout_of(parameter), parameter
 
 
+def name_parameters(module: nn.Module, layers: Sequence[int] = ()) -> None:
+    """Gives every parameter its canonical name: its path in the module, which is nested as the names are.
+
+    Args:
+        module: a chunk of a model.
+        layers: global indices of its ``layers``, which count from 0 in every chunk.
+    """
+    for path, parameter in module.named_parameters():  # a tied weight once, under the first of its paths
+        words = path.split(".")
+        if words[0] == "layers":
+            words[1] = str(layers[int(words[1])])
+        parameter.parallel_layout = replace(layout_of(parameter), name=".".join(words))  # type: ignore[attr-defined]
+
+
 @torch.no_grad()
 def initialise(module: nn.Module, context: ParallelContext, seed: int) -> None:
     """Draws every parameter from a generator of (seed, canonical name), whole and in fp32, then cuts it.
@@ -105,6 +121,7 @@ def initialise(module: nn.Module, context: ParallelContext, seed: int) -> None:
     One rank and a TP x PP x DP grid therefore start from equal weights.
     """
     for layout, parameter in parameters_with_layout(module):
+        assert layout.name, "name_parameters comes first: the seed follows from the name"
         if layout.init == "ones":
             parameter.fill_(1)
         elif layout.init == "zeros":

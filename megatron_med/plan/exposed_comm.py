@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_med.parallel.simulation import Interval, Simulation
+from megatron_med.parallel.pipeline_parallel.simulation import Interval, Simulation
 from megatron_med.plan.cost_model import CostModel
 from megatron_med.plan.stage_model import StageModel
 from megatron_med.plan.step_time import unit_gathers, unit_reductions
@@ -49,9 +49,9 @@ def _reductions(stage: StageModel, cost: CostModel) -> list[float]:
     """Seconds of each gradient reduction that comes once a step."""
     parallel, state, groups = stage.config.parallel, stage.state, stage.groups
     if parallel.sharding == "none":
-        ranks = groups["dp"].ranks
+        ranks = groups["loss"].ranks
         return [cost.transfer_seconds("all_reduce", 4.0 * bucket.elements, ranks) for bucket in state.buckets]
-    shard, replicas = groups["dp_shard"], groups["dp_replicate"].ranks
+    shard, replicas = groups["fsdp"], groups["dp_replicate"].ranks
     if parallel.sharding == "full":
         chunks = range(len(state.chunks)) if parallel.pipeline > 1 else ()
         once = [call for chunk in chunks for call in unit_reductions(stage, chunk, cost)]
@@ -65,7 +65,7 @@ def _reductions(stage: StageModel, cost: CostModel) -> list[float]:
 
 def _gathers(stage: StageModel, cost: CostModel) -> list[float]:
     """Seconds of each gathering of weights that comes once a step."""
-    parallel, state, shard = stage.config.parallel, stage.state, stage.groups["dp_shard"]
+    parallel, state, shard = stage.config.parallel, stage.state, stage.groups["fsdp"]
     if parallel.sharding == "full" and parallel.pipeline > 1:
         return [call for chunk in range(len(state.chunks)) for call in unit_gathers(stage, chunk, cost)]
     if parallel.sharding != "optimizer":

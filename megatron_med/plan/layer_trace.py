@@ -20,13 +20,15 @@ from torch.autograd.graph import get_gradient_edge
 from megatron_med.config import Config, ModelConfig
 from megatron_med.config.layers import Chunk
 from megatron_med.config.schema import OverlapConfig
+from megatron_med.launch.fake import start_fake_process_group
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, FAMILIES
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
-from megatron_med.parallel.buckets import BucketedDataParallel
-from megatron_med.parallel.context import Axis, ParallelContext, start_fake_process_group
-from megatron_med.parallel.weight_products import WeightProduct
+from megatron_med.parallel.context import Axis, ParallelContext
+from megatron_med.parallel.data_parallel.buckets import BucketedDataParallel
+from megatron_med.parallel.pipeline_parallel.weight_grad_store import WeightGrad, WeightGradStore
+from megatron_med.parallel.tensor_parallel.layers import share_weight_grad_store
 from megatron_med.tracing.recorder import Recorder
 from megatron_med.tracing.trace import Collective, Trace
 
@@ -265,6 +267,8 @@ def _record(stage: Transformer, batch: MicroBatch, recorder: Recorder, shape: La
     dtype = DTYPES[shape.precision]
     received: Tensor | None = None
     stage.train()
+    weight_grads = WeightGradStore()
+    share_weight_grad_store(stage.modules(), weight_grads)
     hidden_shape = stage.hidden_shape(batch)
     hidden_bytes = torch.Size(hidden_shape).numel() * dtype.itemsize
     with recorder.section() as forward:
@@ -277,11 +281,10 @@ def _record(stage: Transformer, batch: MicroBatch, recorder: Recorder, shape: La
     # What is alive now stays until the backward pass; the peak above it is the forward pass' own.
     kept = recorder.live
     forward_excess = recorder.peak - kept
-    products = stage.context.weight_products
     with recorder.section() as backward:
         gradient = torch.ones(()) if shape.has_head else torch.empty(hidden_shape, dtype=dtype)
-        deferred: list[WeightProduct] = []
-        with products.put_off() if shape.splits_backward else nullcontext(deferred) as deferred:
+        deferred: list[WeightGrad] = []
+        with weight_grads.defer() if shape.splits_backward else nullcontext(deferred) as deferred:
             torch.autograd.backward(result, gradient)
         del result, gradient
     backward_excess = recorder.peak - kept

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
-from megatron_med.parallel.schedule import GENERATORS, Action, Forward
-from megatron_med.parallel.simulation import alive_during, messages_waiting, simulate
+from megatron_med.parallel.pipeline_parallel.schedule import GENERATORS, Action, Forward
+from megatron_med.parallel.pipeline_parallel.simulation import alive_during, messages_waiting, simulate
 from megatron_med.plan.stage_model import StageModel
 
 BATCH_BYTES = 3 * 8 + 4

@@ -90,7 +90,7 @@ def as_text(plan: Plan, verbose: bool = True) -> str:
 def cut_in_words(plan: Plan) -> str:
     """Tensor x pipeline x data, schedule, sharding, recomputation, batches."""
     config, parallel = plan.config, plan.config.parallel
-    data = plan.cluster.world_size // (parallel.tensor * parallel.pipeline)
+    data = parallel.data_size(plan.cluster.world_size)
     schedule: str = parallel.schedule if parallel.pipeline > 1 else "no pipeline"
     if parallel.virtual_stages > 1:
         schedule += f" x {parallel.virtual_stages}"
@@ -188,9 +188,9 @@ def search_as_text(result: SearchResult, cluster: Cluster) -> str:
 _MEANING = {
     "tp": "tensor",
     "pp": "pipeline",
-    "dp_shard": "data (slices)",
+    "dp_shard": "data",
     "dp_replicate": "data (replicas)",
-    "dp": "data",
+    "batch": "data (all ranks)",
     "embedding": "embedding",
     "world": "world",
 }

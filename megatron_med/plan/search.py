@@ -171,7 +171,7 @@ def _of(needed: float, cluster: Cluster) -> str:
 
 def _cuts(config: Config, cluster: Cluster, tensor: int, pipeline: int) -> Iterator[ParallelConfig]:
     """Schedules and shardings of one tensor x pipeline size."""
-    data = cluster.world_size // (tensor * pipeline)
+    data = ParallelConfig(tensor=tensor, pipeline=pipeline).data_size(cluster.world_size)
     nodes = max(1, data * tensor // cluster.gpus_per_node)
     schedules = [("1f1b", 1)]
     if pipeline > 1:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,10 @@ from megatron_med.config.layers import Chunk
 from megatron_med.model.build import DTYPES, build_chunks
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
-from megatron_med.parallel.buckets import BucketedDataParallel
-from megatron_med.parallel.context import Axis, ParallelContext
+from megatron_med.parallel.context import AXES, Axis, ParallelContext, RankGrid
+from megatron_med.parallel.data_parallel.buckets import BucketedDataParallel
 from megatron_med.parallel.parameters import ParameterLayout, layout_of
-from megatron_med.parallel.schedule import GENERATORS, Action, Forward, Schedule
+from megatron_med.parallel.pipeline_parallel.schedule import GENERATORS, Action, Forward, Schedule
 from megatron_med.plan.cluster import Cluster
 from megatron_med.plan.layer_trace import ChunkTrace, shape_of, trace_chunk
 
@@ -72,8 +72,8 @@ class StageState:
     """What one rank of a stage holds before any micro-batch comes, and with whom it talks.
 
     Attributes:
-        groups: tp, dp_shard, dp_replicate, dp, pp, embedding, world: the axes of one of its ranks, without process
-            groups. Of each kind the group that is spread over the most nodes, for all groups wait for the slowest.
+        groups: the axes of one of its ranks, without process groups. Of each kind the group that is spread over the
+            most nodes, for all groups wait for the slowest.
         chunks: the stage's parts of the model, first to last.
         parameters: what one rank holds of each.
         shards: data-parallel ranks that hold different slices.
@@ -158,7 +158,7 @@ class StageModel:
         return [self._units_of(chunk) for chunk in self.state.chunks]
 
     def _units_of(self, own: Chunk) -> list[ShardedUnit]:
-        ranks = self.groups["dp_shard"].size
+        ranks = self.groups["fsdp"].size
         layers = {str(layer): 0 for layer in own.layers}
         around = 0
         for held in self.state.parameters:
@@ -175,7 +175,7 @@ def model_stages(config: Config, states: list[StageState]) -> list[StageModel]:
     """Adds the traces of every chunk and the schedule to the states of all stages."""
     parallel, train = config.parallel, config.train
     shape = shape_of(config)
-    micro_batches = train.global_batch_size // (train.micro_batch_size * states[0].groups["dp"].size)
+    micro_batches = train.global_batch_size // (train.micro_batch_size * states[0].groups["batch"].size)
     schedule: Schedule = GENERATORS[parallel.schedule](parallel.pipeline, micro_batches, parallel.virtual_stages)
     return [
         StageModel(config, state, [trace_chunk(shape, chunk) for chunk in state.chunks], actions)
@@ -190,46 +190,32 @@ def build_states(config: Config, cluster: Cluster) -> list[StageState]:
 
 def _groups(config: Config, cluster: Cluster, stage: int) -> dict[str, Axis]:
     parallel = config.parallel
-    tensor, world_size = parallel.tensor, cluster.world_size
-    dp = world_size // (tensor * parallel.pipeline)
-    grid = torch.arange(world_size).view(parallel.pipeline, parallel.replicate, dp // parallel.replicate, tensor)
-    own = grid[stage]
+    grid = RankGrid(parallel, cluster.world_size)
+    own = set(grid.ranks[stage].flatten().tolist())
 
-    def most_spread(groups: Tensor, rank: int = 0) -> Axis:
-        """Of ``[groups, ranks]``."""
-        lines = groups.tolist()
+    def most_spread(lines: list[list[int]], rank: int = 0) -> Axis:
         ranks = max(lines, key=lambda line: len({one // cluster.gpus_per_node for one in line}))
         return Axis(len(ranks), rank, tuple(ranks))
 
-    pipelines = grid.flatten(1).t()
-    ends = pipelines[:, [0, -1]] if parallel.pipeline > 1 else pipelines
-    is_end = stage in (0, parallel.pipeline - 1)
-    return {
-        "tp": most_spread(own.flatten(0, 1)),
-        "dp_shard": most_spread(own.movedim(1, -1).flatten(0, 1)),
-        "dp_replicate": most_spread(own.movedim(0, -1).flatten(0, 1)),
-        "dp": most_spread(own.flatten(0, 1).t()),
-        "pp": most_spread(pipelines, stage),
-        "embedding": most_spread(ends, int(stage > 0)) if is_end else Axis(),
-        "world": most_spread(grid.reshape(1, -1)),
+    axes = {
+        name: most_spread([line for line in grid.lines(*dims) if own.intersection(line)]) for name, dims in AXES.items()
+    }
+    is_end = parallel.pipeline > 1 and stage in (0, parallel.pipeline - 1)
+    return axes | {
+        "pp": most_spread(grid.lines("pp"), stage),
+        "embedding": most_spread(grid.ends_of_pipelines(), int(stage > 0)) if is_end else Axis(),
+        "world": most_spread([list(range(cluster.world_size))]),
     }
 
 
 def _build(config: Config, stage: int, groups: Mapping[str, Axis]) -> StageState:
     """Builds a stage as the first of its tensor- and data-parallel ranks would, without memory."""
     parallel = config.parallel
-    shard, replicate = groups["dp_shard"], groups["dp_replicate"]
-    context = ParallelContext(
-        device=torch.device("meta"),
-        tp=Axis(parallel.tensor),
-        pp=Axis(parallel.pipeline, stage),
-        dp=Axis(shard.size * replicate.size),
-        dp_shard=shard,
-        dp_replicate=replicate,
-        sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
-    )
+    axes: dict[str, Any] = dict(groups)
+    sequence_parallel = parallel.sequence_parallel and parallel.tensor > 1
+    context = ParallelContext(torch.device("meta"), **axes, sequence_parallel=sequence_parallel)
     chunks = build_chunks(config.model, context, DTYPES[config.precision], parallel, Recompute())
-    shards = 1 if parallel.sharding == "none" else shard.size
+    shards = 1 if parallel.sharding == "none" else context.fsdp.size
     parameters = [_held(parameter, shards) for parameter in chunks.parameters()]
     layers = [cast(Transformer, chunk).chunk for chunk in chunks]
     elements = sum(held.elements for held in parameters)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from megatron_med.parallel.schedule import Action, Backward, BackwardInput, Forward
-from megatron_med.parallel.simulation import Simulation, Waits, simulate
+from megatron_med.parallel.pipeline_parallel.schedule import Action, Backward, BackwardInput, Forward
+from megatron_med.parallel.pipeline_parallel.simulation import Simulation, Waits, simulate
 from megatron_med.plan.cost_model import CostModel
 from megatron_med.plan.stage_model import StageModel
 
@@ -116,11 +116,11 @@ def _fully_sharded_pass(
 
 def unit_gathers(stage: StageModel, chunk: int, cost: CostModel) -> list[float]:
     """Seconds of gathering each unit that FSDP2 cuts a chunk into."""
-    ranks, itemsize = stage.groups["dp_shard"].ranks, float(stage.itemsize)
+    ranks, itemsize = stage.groups["fsdp"].ranks, float(stage.itemsize)
     return [cost.transfer_seconds("all_gather", itemsize * unit.elements, ranks) for unit in stage.sharded_units[chunk]]
 
 
 def unit_reductions(stage: StageModel, chunk: int, cost: CostModel) -> list[float]:
     """Seconds of cutting each unit's fp32 gradients."""
-    ranks = stage.groups["dp_shard"].ranks
+    ranks = stage.groups["fsdp"].ranks
     return [cost.transfer_seconds("reduce_scatter", 4.0 * unit.elements, ranks) for unit in stage.sharded_units[chunk]]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_med.parallel.schedule import Backward, BackwardInput, Forward
+from megatron_med.parallel.context import AXES, axis_label
+from megatron_med.parallel.pipeline_parallel.schedule import Backward, BackwardInput, Forward
 from megatron_med.plan.stage_model import StageModel
-
-GROUPS = ("tp", "pp", "dp_shard", "dp_replicate", "dp", "embedding", "world")
 
 
 @dataclass(frozen=True)
@@ -27,23 +26,26 @@ class Traffic:
 
 
 def stage_traffic(stage: StageModel) -> dict[str, Traffic]:
-    """Group -> traffic of one step without validation and checkpoints."""
-    groups = stage.groups
-    traffic = dict.fromkeys(GROUPS, Traffic())
-    traffic["tp"] = _tensor(stage)
-    traffic["pp"] = _pipeline(stage)
-    traffic |= _fully_sharded(stage) if stage.config.parallel.sharding == "full" else _bucketed(stage)
-    traffic["embedding"] = _tied(stage)
-    if groups["dp"].size > 1:
-        traffic["dp"] += Traffic(1, 8)  # tokens of the global batch
-    if groups["world"].size > 1:
-        traffic["world"] += Traffic(2, 8 + 16)  # gradient norm; loss and stop flag
-    return {group: value for group, value in traffic.items() if value.calls}
+    """Group -> traffic of one step without validation and checkpoints. Axes that share a group are counted together."""
+    axes = stage.groups
+    sharded = stage.config.parallel.sharding == "full"
+    by_axis = [
+        ("tp", _tensor(stage)),
+        ("pp", _pipeline(stage)),
+        *(_fully_sharded(stage) if sharded else _bucketed(stage)).items(),
+        ("loss", Traffic(1, 8)),  # tokens of the global batch
+        ("embedding", _tied(stage)),
+        ("world", Traffic(2, 8 + 16)),  # gradient norm; loss and stop flag
+    ]
+    traffic: dict[str, Traffic] = {}
+    for axis, value in by_axis:
+        if axes[axis].size > 1 and value.calls:
+            label = axis_label(axes, axis) if axis in AXES else axis
+            traffic[label] = traffic.get(label, Traffic()) + value
+    return traffic
 
 
 def _tensor(stage: StageModel) -> Traffic:
-    if stage.groups["tp"].size == 1:
-        return Traffic()
     total = Traffic()
     for trace in stage.traces:
         calls = round(trace.total(lambda layers: len(layers.collectives)))
@@ -55,8 +57,6 @@ def _tensor(stage: StageModel) -> Traffic:
 
 def _pipeline(stage: StageModel) -> Traffic:
     """Hidden states to the next stage, gradients to the one before."""
-    if stage.groups["pp"].size == 1:
-        return Traffic()
     sent = 0
     for action in stage.actions:
         chunk = stage.state.chunks[action.chunk]
@@ -69,40 +69,35 @@ def _pipeline(stage: StageModel) -> Traffic:
 
 def _bucketed(stage: StageModel) -> dict[str, Traffic]:
     """fp32 gradients are reduced, weights gathered, once a step."""
-    buckets, groups = stage.state.buckets, stage.groups
+    buckets = stage.state.buckets
     calls = len(buckets)
     if stage.config.parallel.sharding == "none":
-        whole = sum(bucket.elements for bucket in buckets)
-        return {"dp": Traffic(calls, 4.0 * whole) if groups["dp"].size > 1 else Traffic()}
-    ranks = groups["dp_shard"].size
+        return {"loss": Traffic(calls, 4.0 * sum(bucket.elements for bucket in buckets))}
     slices = sum(bucket.slice for bucket in buckets)
-    traffic = {}
-    if ranks > 1:
-        traffic["dp_shard"] = Traffic(2 * calls, (4.0 + stage.itemsize) * slices * ranks)
-    if groups["dp_replicate"].size > 1:
-        traffic["dp_replicate"] = Traffic(calls, 4.0 * slices)
-    return traffic
+    return {
+        "fsdp": Traffic(2 * calls, (4.0 + stage.itemsize) * slices * stage.groups["fsdp"].size),
+        "dp_replicate": Traffic(calls, 4.0 * slices),
+    }
 
 
 def _fully_sharded(stage: StageModel) -> dict[str, Traffic]:
     """Each layer's weights are gathered for every pass, its gradients cut after every backward pass; in a pipeline
     both once a step."""
     in_pipeline = stage.config.parallel.pipeline > 1
-    ranks = stage.groups["dp_shard"].size
+    ranks = stage.groups["fsdp"].size
     count = 1 if in_pipeline else stage.micro_batches
-    traffic = {"dp_shard": Traffic(), "dp_replicate": Traffic()}
+    sharded, replicated = Traffic(), Traffic()
     for units in stage.sharded_units:
         for unit in units:
             gathers = 1 if in_pipeline else count + unit.reshard_after_forward * count
-            traffic["dp_shard"] += Traffic(gathers + count, unit.elements * (stage.itemsize * gathers + 4.0 * count))
-            if stage.groups["dp_replicate"].size > 1:
-                traffic["dp_replicate"] += Traffic(1, 4.0 * unit.elements / ranks)
-    return traffic
+            sharded += Traffic(gathers + count, unit.elements * (stage.itemsize * gathers + 4.0 * count))
+            replicated += Traffic(1, 4.0 * unit.elements / ranks)
+    return {"fsdp": sharded, "dp_replicate": replicated}
 
 
 def _tied(stage: StageModel) -> Traffic:
     """Embedding gradients of the first and the last stage."""
     pp, tied = stage.groups["pp"], stage.state.tied
-    if stage.groups["embedding"].size == 1 or not (pp.is_first or pp.is_last):
+    if not (pp.is_first or pp.is_last):
         return Traffic()
     return Traffic(1, 4.0 * tied) if tied else Traffic()

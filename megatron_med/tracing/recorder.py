@@ -57,20 +57,11 @@ class _RecordedWork(dist._Work):
 
 def group_labels(context: ParallelContext) -> dict[str, str]:
     """Name of each process group of a context -> its axis."""
-    axes = {
-        "tp": context.tp,
-        "pp": context.pp,
-        "pp_backward": context.pp_backward,
-        "pp_wrap": context.pp_wrap,
-        "pp_wrap_backward": context.pp_wrap_backward,
-        "dp": context.dp,
-        "dp_shard": context.dp_shard,
-        "dp_replicate": context.dp_replicate,
-        "world": context.world,
-    }
-    if context.pp.size > 2:
-        axes["embedding"] = context.embedding
-    return {str(axis.group.group_name): label for label, axis in axes.items() if axis.group is not None}
+    labels: dict[str, str] = {}
+    for label, axis in context.axes().items():
+        if axis.group is not None:
+            labels.setdefault(str(axis.group.group_name), label)
+    return labels
 
 
 class Recorder(TorchDispatchMode):

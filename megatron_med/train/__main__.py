@@ -17,7 +17,7 @@ from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, Checkpoi
 from megatron_med.train.run_folder import RunFolder, write_launch_record
 
 if TYPE_CHECKING:
-    from megatron_med.parallel.roll_call import RollCall
+    from megatron_med.launch.failure_report import FailureReport
     from megatron_med.train.signals import StopRequest
 
 _PATIENCE = timedelta(seconds=15)
@@ -48,17 +48,17 @@ def _dry_run(arguments: list[str]) -> int:
 def _train(config: Config, rank: int) -> int:
     import torch.distributed as dist  # after the configuration was accepted: refusing takes no torch
 
+    from megatron_med.launch.process_group import start_process_group
     from megatron_med.parallel.collectives import gather_objects
-    from megatron_med.parallel.context import start_process_group
     from megatron_med.train.loop import train
     from megatron_med.train.setup import set_up
     from megatron_med.train.signals import StopRequest
 
     folder = RunFolder(config.train.output_dir)
     stop = StopRequest()
-    roll_call: RollCall | None = None
+    report: FailureReport | None = None
     try:
-        device, roll_call = start_process_group(timedelta(minutes=config.train.timeout_minutes))
+        device, report = start_process_group(timedelta(minutes=config.train.timeout_minutes))
         stop.listen()
         run = set_up(config, folder, device)
         code, reason = train(run, stop)
@@ -67,58 +67,61 @@ def _train(config: Config, rank: int) -> int:
             folder.write_exit(code, reason, retry=code != EXIT_FAILED)
         gather_objects(code, run.context.world)  # no rank leaves before the record is written
     except BaseException as error:
-        _end(error, rank, folder, roll_call, config, stop)
+        _end(error, rank, folder, report, config, stop)
     dist.destroy_process_group()
     folder.release()
     return code
 
 
 def _end(
-    error: BaseException, rank: int, folder: RunFolder, roll_call: RollCall | None, config: Config, stop: StopRequest
+    error: BaseException,
+    rank: int,
+    folder: RunFolder,
+    report: FailureReport | None,
+    config: Config,
+    stop: StopRequest,
 ) -> NoReturn:
     """Says why the run ends, records it, and leaves at once: threads and connections of a broken run may never end.
 
     A fault of this rank alone is told to the others, who find it where their collectives fail.
     """
-    from megatron_med.parallel.roll_call import is_connection_failure
+    from megatron_med.launch.failure_report import is_connection_failure
 
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         error = CheckpointError(f"The disk is full: {error}. Make room and start the same command again.")
     if isinstance(error, UserError):
-        _end_by_user_fault(error, rank, folder, roll_call)
+        _end_by_user_fault(error, rank, folder, report)
     traceback.print_exception(error)
     code, reason = EXIT_FAILED, f"{type(error).__name__}: {error}"
-    if roll_call is not None and is_connection_failure(error):
-        code, reason = _why(roll_call, config, stop, reason)
-    elif roll_call is not None:
-        roll_call.confess(code, f"rank {rank}: {reason}")
+    if report is not None and is_connection_failure(error):
+        code, reason = _why(report, config, stop, reason)
+    elif report is not None:
+        report.record(code, f"rank {rank}: {reason}")
     if rank == 0 and folder.claimed:
         folder.write_exit(code, reason)
     _leave(code)
 
 
-def _end_by_user_fault(error: UserError, rank: int, folder: RunFolder, roll_call: RollCall | None) -> NoReturn:
+def _end_by_user_fault(error: UserError, rank: int, folder: RunFolder, report: FailureReport | None) -> NoReturn:
     """Most such faults are found by all ranks together: rank 0 alone prints them. One that a single rank has found (a
     sample, a disk that is not mounted there) it prints itself, when rank 0 has not spoken for a while."""
-    if roll_call is not None:
-        roll_call.confess(
-            EXIT_BAD_INPUT, "\n".join(f"rank {rank}: {fault}" if rank else fault for fault in error.faults)
-        )
+    if report is not None:
+        report.record(EXIT_BAD_INPUT, "\n".join(f"rank {rank}: {fault}" if rank else fault for fault in error.faults))
     if rank == 0:
         _refuse(error, rank, None, folder)
-        if roll_call is not None:
-            roll_call.mark_recorded()
-    elif roll_call is None or not roll_call.await_record(_RANK_0_PATIENCE):
+        if report is not None:
+            report.mark_recorded()
+    elif report is None or not report.await_record(_RANK_0_PATIENCE):
         for fault in error.faults:
             print(f"error: rank {rank}: {fault}", file=sys.stderr)
     _leave(EXIT_BAD_INPUT)
 
 
-def _why(roll_call: RollCall, config: Config, stop: StopRequest, reason: str) -> tuple[int, str]:
+def _why(report: FailureReport, config: Config, stop: StopRequest, reason: str) -> tuple[int, str]:
     """Exit code and reason of a collective that failed: another rank's own fault, or the ranks that are silent."""
     timeout = timedelta(minutes=config.train.timeout_minutes)
-    silent = roll_call.silent_ranks(min(timeout, _PATIENCE), is_hurried=lambda: stop.asked)
-    cause = roll_call.cause()
+    silent = report.silent_ranks(min(timeout, _PATIENCE), is_hurried=lambda: stop.asked)
+    cause = report.cause()
     if cause is not None:
         return cause.code, cause.reason
     if not silent:
@@ -126,7 +129,7 @@ def _why(roll_call: RollCall, config: Config, stop: StopRequest, reason: str) ->
     plural, verb = ("s", "hang or have") if len(silent) > 1 else ("", "hangs or has")
     numbers = ", ".join(map(str, silent))
     silence = f"rank{plural} {numbers} did not answer (train.timeout_minutes is {timeout}): {verb} died."
-    if roll_call.speaks(silent):
+    if report.is_reporter(silent):
         print(f"error: {silence}", file=sys.stderr)
     return EXIT_FAILED, f"{silence} {reason}"
 

@@ -35,13 +35,14 @@ from megatron_med.data.indexed import token_paths
 from megatron_med.data.loader import SampleStream
 from megatron_med.data.sources import blend, find_tokenizer, open_corpora
 from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserError
-from megatron_med.parallel.context import ParallelContext, create_context, start_fake_process_group
-from megatron_med.parallel.schedule import GENERATORS, Action, Schedule
+from megatron_med.launch.fake import start_fake_process_group
+from megatron_med.parallel.context import ParallelContext, create_context
+from megatron_med.parallel.pipeline_parallel.schedule import GENERATORS, Action, Schedule
 from megatron_med.tokenizer import Tokenizer
 from megatron_med.tracing.recorder import Recorder, group_labels
 from megatron_med.tracing.trace import Trace
-from megatron_med.train.setup import build_machinery, make_loader
-from megatron_med.train.step import Machinery, train_step
+from megatron_med.train.setup import build_train_module, make_loader
+from megatron_med.train.step import TrainModule, train_step
 from megatron_med.train.timers import StepTimer
 
 STEPS = 2
@@ -105,19 +106,19 @@ def dry_run(config: Config, world_size: int, rank: int, micro_batches: int = 0) 
     recorder = Recorder(group_labels(context))
     without_data = FakeTensorMode(allow_non_fake_inputs=True)
     with without_data, _ReadsOne(), recorder:
-        machinery = build_machinery(config, context)
-        yield _held(machinery, recorder)
-        yield _checkpoint(config, machinery, tokenizer)
-    own = config.train.global_batch_size // (config.train.micro_batch_size * context.dp.size)
+        train_module = build_train_module(config, context)
+        yield _held(train_module, recorder)
+        yield _checkpoint(config, train_module, tokenizer)
+    own = config.train.global_batch_size // (config.train.micro_batch_size * context.batch.size)
     chunks = config.parallel.pipeline * config.parallel.virtual_stages
     run = min(own, micro_batches or chunks + 2)
     yield _schedule(config, context, run, own)
     loader = make_loader(config, context, stream)
-    batch_size = run * config.train.micro_batch_size * context.dp.size
+    batch_size = run * config.train.micro_batch_size * context.batch.size
     for step in range(1, STEPS + 1):
         batches = loader.load((step - 1) * batch_size, batch_size, step)
         with without_data, _ReadsOne(), recorder, recorder.section() as trace:
-            train_step(machinery, batches, config.optimizer.lr, False, StepTimer(device))
+            train_step(train_module, batches, config.optimizer.lr, False, StepTimer(device))
         yield _step(step, trace, recorder)
 
 
@@ -138,7 +139,7 @@ class _ReadsOne(TorchDispatchMode):
 
 
 def _place(context: ParallelContext) -> str:
-    axes = {"stage": context.pp, "tensor rank": context.tp, "data rank": context.dp}
+    axes = {"stage": context.pp, "tensor rank": context.tp, "data rank": context.batch}
     places = ", ".join(f"{name} {axis.rank} of {axis.size}" for name, axis in axes.items())
     return f"rank {context.world.rank} of {context.world.size}: {places}"
 
@@ -183,10 +184,10 @@ def _open_data(config: Config) -> tuple[SampleStream, Tokenizer | None, list[str
     return blend(corpora[: len(data.train)], data.train, samples, cache), tokenizer, absent
 
 
-def _held(machinery: Machinery, recorder: Recorder) -> str:
-    layers = [layer for chunk in machinery.chunks for layer in chunk.chunk.layers]  # type: ignore[union-attr]
-    parameters = sum(parameter.numel() for parameter in machinery.chunks.parameters())
-    owned = sum(item.master.numel() for item in machinery.optimizer.owned)
+def _held(train_module: TrainModule, recorder: Recorder) -> str:
+    layers = [layer for chunk in train_module.chunks for layer in chunk.chunk.layers]  # type: ignore[union-attr]
+    parameters = sum(parameter.numel() for parameter in train_module.chunks.parameters())
+    owned = sum(item.master.numel() for item in train_module.optimizer.owned)
     return (
         f"  layers {_ranges(layers)}: {parameters:,} parameters, {owned:,} of them in this rank's optimizer, "
         f"{recorder.live / GIB:.2f} GiB"
@@ -200,10 +201,10 @@ def _ranges(layers: list[int]) -> str:
     return ", ".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
-def _checkpoint(config: Config, machinery: Machinery, tokenizer: Tokenizer | None) -> str:
+def _checkpoint(config: Config, train_module: TrainModule, tokenizer: Tokenizer | None) -> str:
     """Cuts every entry of a checkpoint as saving and loading do, and compares it with the one to be loaded."""
-    optimizer = machinery.optimizer
-    entries = optimizer_views(optimizer_slices(optimizer), optimizer, machinery.context)
+    optimizer = train_module.optimizer
+    entries = optimizer_views(optimizer_slices(optimizer), optimizer, train_module.context)
     size = 0
     for name, entry in entries.items():
         local = entry
@@ -222,7 +223,7 @@ def _checkpoint(config: Config, machinery: Machinery, tokenizer: Tokenizer | Non
     check_model(state, config.model, folder)
     check_tokenizer(state, tokenizer.describe() if tokenizer else None, folder)
     everything = config.checkpoint.load_state == "all"
-    check_shapes(optimizer_views(optimizer_slices(optimizer, everything), optimizer, machinery.context), folder)
+    check_shapes(optimizer_views(optimizer_slices(optimizer, everything), optimizer, train_module.context), folder)
     return f"{words}\n  {folder} fits"
 
 

@@ -64,7 +64,7 @@ def _steps(
         lr = learning_rate(config.lr_schedule, config.optimizer.lr, progress.step + 1, config.train.steps)
         with timer.phase("data"):
             batches = prefetcher.take(progress.step + 1)
-        result = train_step(run.machinery, batches, lr, stop.asked or saver.has_failed, timer)
+        result = train_step(run.train_module, batches, lr, stop.asked or saver.has_failed, timer)
         progress.step += 1
         progress.consumed_samples += config.train.global_batch_size
 
@@ -108,14 +108,14 @@ def _save(run: Run, saver: CheckpointSaver) -> float:
     """Returns the seconds that training stood still: the metrics of the next step tell them."""
     start = time.perf_counter()
     target = step_folder(run.folder.checkpoints, run.progress.step)
-    saver.save(target, run.machinery.optimizer, run.checkpoint_state(), run.tokenizer)
+    saver.save(target, run.train_module.optimizer, run.checkpoint_state(), run.tokenizer)
     return time.perf_counter() - start
 
 
 def _validate(run: Run) -> float:
     assert run.valid_data is not None, "only asked for with validation data"
     batches = run.valid_data.load(0, len(run.valid_data.dataset), 0)
-    return validation_loss(run.machinery, batches)
+    return validation_loss(run.train_module, batches)
 
 
 def _metrics(run: Run, result: StepResult, lr: float, timer: StepTimer) -> Metrics:
@@ -147,7 +147,7 @@ def _metrics(run: Run, result: StepResult, lr: float, timer: StepTimer) -> Metri
 
 def _first_bad_gradient(run: Run) -> str:
     """Name of the first parameter with such a gradient, over all ranks."""
-    names = [item.layout.name for item in run.machinery.optimizer.owned if not item.gradient.isfinite().all()]
+    names = [item.layout.name for item in run.train_module.optimizer.owned if not item.gradient.isfinite().all()]
     found = gather_objects(names[0] if names else None, run.context.world)
     bad = [f"{name} (rank {rank})" for rank, name in enumerate(found) if name is not None]
     return f"the first is of {bad[0]}" if bad else "the loss itself"

@@ -20,23 +20,23 @@ from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import blend, find_tokenizer, one_pass, open_corpora
 from megatron_med.errors import CheckpointError, ConfigError, UserError
+from megatron_med.launch.preflight import preflight
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, build_chunks
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
 from megatron_med.optim.loss_scale import LossScaler
 from megatron_med.optim.optimizer import Optimizer
-from megatron_med.parallel.buckets import BucketedDataParallel
 from megatron_med.parallel.collectives import broadcast_object, gather_objects
 from megatron_med.parallel.context import ParallelContext, create_context
-from megatron_med.parallel.data_parallel import DataParallel
-from megatron_med.parallel.fully_sharded import FullyShardedDataParallel
+from megatron_med.parallel.data_parallel.base import DataParallel
+from megatron_med.parallel.data_parallel.buckets import BucketedDataParallel
+from megatron_med.parallel.data_parallel.fully_sharded import FullyShardedDataParallel
 from megatron_med.parallel.parameters import initialise
-from megatron_med.parallel.pipeline import PipelineEngine
-from megatron_med.parallel.preflight import preflight
+from megatron_med.parallel.pipeline_parallel.engine import PipelineEngine
 from megatron_med.tokenizer import Tokenizer
 from megatron_med.train.run_folder import RunFolder
-from megatron_med.train.step import Machinery
+from megatron_med.train.step import TrainModule
 
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class Run:
 
     config: Config
     folder: RunFolder
-    machinery: Machinery
+    train_module: TrainModule
     train_data: BatchLoader
     valid_data: BatchLoader | None
     tokenizer: Tokenizer | None
@@ -63,18 +63,18 @@ class Run:
 
     @property
     def context(self) -> ParallelContext:
-        return self.machinery.context
+        return self.train_module.context
 
     def checkpoint_state(self) -> CheckpointState:
         """What a checkpoint of this moment says of itself."""
-        scaler = self.machinery.loss_scaler
+        scaler = self.train_module.loss_scaler
         return CheckpointState(
             model=asdict(self.config.model),
             tokenizer=self.tokenizer.describe() if self.tokenizer else None,
             step=self.progress.step,
             consumed_samples=self.progress.consumed_samples,
-            optimizer_steps=self.machinery.optimizer.steps,
-            initial_lr=self.machinery.optimizer.initial_lr,
+            optimizer_steps=self.train_module.optimizer.steps,
+            initial_lr=self.train_module.optimizer.initial_lr,
             loss_scaler=scaler.state_dict() if scaler is not None else None,
             run={"precision": self.config.precision, "parallel": asdict(self.config.parallel)},
         )
@@ -96,16 +96,16 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     identity = _identity(config, corpora)
     _on_first_rank(context, lambda: folder.check_identity(identity))
 
-    machinery = build_machinery(config, context)
-    _check_groups(config, machinery)
-    progress = _load(config, folder, machinery, tokenizer)
+    train_module = build_train_module(config, context)
+    _check_groups(config, train_module)
+    progress = _load(config, folder, train_module, tokenizer)
     _on_first_rank(context, lambda: folder.begin(identity, dump_config(config)))
     remaining = max(0, train.steps - progress.step) * train.global_batch_size
     total = max(1, progress.consumed_samples + remaining)
     return Run(
         config=config,
         folder=folder,
-        machinery=machinery,
+        train_module=train_module,
         train_data=make_loader(config, context, blend(corpora, data.train, total, cache)),
         valid_data=_validation_data(config, context, cache),
         tokenizer=tokenizer,
@@ -113,7 +113,7 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     )
 
 
-def build_machinery(config: Config, context: ParallelContext) -> Machinery:
+def build_train_module(config: Config, context: ParallelContext) -> TrainModule:
     """Model with initial weights, gradients over the data-parallel ranks, pipeline engine and optimizer."""
     dtype = DTYPES[config.precision]
     recompute = Recompute(config.recompute, config.recompute_interval)
@@ -123,7 +123,7 @@ def build_machinery(config: Config, context: ParallelContext) -> Machinery:
     engine: PipelineEngine[MicroBatch] = PipelineEngine(
         cast(list[Transformer], list(chunks)), context, dtype, data_parallel.before_backward
     )
-    return Machinery(
+    return TrainModule(
         context=context,
         chunks=chunks,
         engine=engine,
@@ -134,10 +134,10 @@ def build_machinery(config: Config, context: ParallelContext) -> Machinery:
     )
 
 
-def _check_groups(config: Config, machinery: Machinery) -> None:
+def _check_groups(config: Config, train_module: TrainModule) -> None:
     """Refuses a parameter group that no parameter of the model belongs to."""
-    own = [item.layout.name for item in machinery.optimizer.owned]
-    names = {name for part in gather_objects(own, machinery.context.world) for name in part}
+    own = [item.layout.name for item in train_module.optimizer.owned]
+    names = {name for part in gather_objects(own, train_module.context.world) for name in part}
     faults = [
         f"optimizer.groups: {group.match} matches no parameter. Names are such as {', '.join(sorted(names)[:3])}."
         for group in config.optimizer.groups
@@ -212,9 +212,9 @@ def _identity(config: Config, corpora: list[PackedDataset]) -> dict[str, Any]:
     }
 
 
-def _load(config: Config, folder: RunFolder, machinery: Machinery, tokenizer: Tokenizer | None) -> Progress:
+def _load(config: Config, folder: RunFolder, train_module: TrainModule, tokenizer: Tokenizer | None) -> Progress:
     """RUN's own latest checkpoint first, then ``checkpoint.load``; else the initial weights."""
-    context = machinery.context
+    context = train_module.context
     resume = _resume_point(folder, context)
     source = resume
     everything = resume is not None or config.checkpoint.load_state == "all"
@@ -226,16 +226,16 @@ def _load(config: Config, folder: RunFolder, machinery: Machinery, tokenizer: To
     state = read_state(source)
     check_model(state, config.model, source)
     check_tokenizer(state, tokenizer.describe() if tokenizer else None, source)
-    load_optimizer(source, machinery.optimizer, context, moments=everything)
-    machinery.data_parallel.publish()
+    load_optimizer(source, train_module.optimizer, context, moments=everything)
+    train_module.data_parallel.start_param_sync()
     if context.world.is_first:
         print(f"loaded {source} ({'all' if everything else 'weights'})", flush=True)
     if not everything:
         return Progress()
-    machinery.optimizer.steps = state.optimizer_steps or 0
-    machinery.optimizer.initial_lr = state.initial_lr or machinery.optimizer.initial_lr
-    if machinery.loss_scaler is not None and state.loss_scaler is not None:
-        machinery.loss_scaler.load_state_dict(state.loss_scaler)
+    train_module.optimizer.steps = state.optimizer_steps or 0
+    train_module.optimizer.initial_lr = state.initial_lr or train_module.optimizer.initial_lr
+    if train_module.loss_scaler is not None and state.loss_scaler is not None:
+        train_module.loss_scaler.load_state_dict(state.loss_scaler)
     return Progress(state.step, state.consumed_samples)
 
 

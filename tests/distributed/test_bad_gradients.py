@@ -23,32 +23,32 @@ BAD_RANK = 3
 
 def _train(config: Config, value: float) -> tuple[list[bool], bool, str, list[float]]:
     """Three steps; the second meets one bad number on one rank after its reduction."""
-    machinery, loader = set_up(config)
-    finish = machinery.data_parallel.finish
+    train_module, loader = set_up(config)
+    finish = train_module.data_parallel.finish
     steps = 0
 
     def poisoned() -> None:
         finish()
-        for item in machinery.data_parallel.owned:
-            if steps == 2 and item.layout.name == NAME and machinery.context.world.rank == BAD_RANK:
+        for item in train_module.data_parallel.owned:
+            if steps == 2 and item.layout.name == NAME and train_module.context.world.rank == BAD_RANK:
                 item.gradient.view(-1)[5] = value
 
-    machinery.data_parallel.finish = poisoned  # type: ignore[method-assign]
+    train_module.data_parallel.finish = poisoned  # type: ignore[method-assign]
     skipped, losses, name, unchanged = [], [], "", True
     for steps in (1, 2, 3):
-        before = [item.master.clone() for item in machinery.optimizer.owned]
+        before = [item.master.clone() for item in train_module.optimizer.owned]
         batches = loader.load(8 * steps, 8, steps)
-        result = train_step(machinery, batches, 1e-2, False, StepTimer(torch.device("cpu")))
-        same = all(torch.equal(a, item.master) for a, item in zip(before, machinery.optimizer.owned, strict=True))
+        result = train_step(train_module, batches, 1e-2, False, StepTimer(torch.device("cpu")))
+        same = all(torch.equal(a, item.master) for a, item in zip(before, train_module.optimizer.owned, strict=True))
         skipped.append(result.skipped)
         losses.append(result.loss)
         if steps == 2:
             unchanged = same
-            run = SimpleNamespace(machinery=machinery, context=machinery.context)
+            run = SimpleNamespace(train_module=train_module, context=train_module.context)
             name = _first_bad_gradient(cast(Run, run))
         else:
             assert not same
-    assert machinery.optimizer.steps == 2, "a skipped step is no update"
+    assert train_module.optimizer.steps == 2, "a skipped step is no update"
     return skipped, unchanged, name, losses
 
 

@@ -79,18 +79,18 @@ def _config(prefix: Path, family: str, grid: str, precision: str = "fp32") -> tu
 
 def _steps(config: Config, target: Path, source: Path | None, first: int, last: int) -> list[float]:
     """Loads ``source`` where there is one, trains steps ``first`` to ``last`` and saves."""
-    machinery, loader = set_up(config)
+    train_module, loader = set_up(config)
     if source is not None:
-        verify_checkpoint(source, machinery.context)
-        load_optimizer(source, machinery.optimizer, machinery.context, moments=True)
-        machinery.optimizer.steps = read_state(source).optimizer_steps or 0
-        machinery.data_parallel.publish()
+        verify_checkpoint(source, train_module.context)
+        load_optimizer(source, train_module.optimizer, train_module.context, moments=True)
+        train_module.optimizer.steps = read_state(source).optimizer_steps or 0
+        train_module.data_parallel.start_param_sync()
     losses = []
     for step in range(first, last + 1):
         batches = loader.load((step - 1) * BATCH, BATCH, step)
-        losses.append(train_step(machinery, batches, 1e-3, False, StepTimer(torch.device("cpu"))).loss)
-    state = CheckpointState(model=asdict(config.model), step=last, optimizer_steps=machinery.optimizer.steps)
-    save_checkpoint(target, machinery.optimizer, machinery.context, state=state)
+        losses.append(train_step(train_module, batches, 1e-3, False, StepTimer(torch.device("cpu"))).loss)
+    state = CheckpointState(model=asdict(config.model), step=last, optimizer_steps=train_module.optimizer.steps)
+    save_checkpoint(target, train_module.optimizer, train_module.context, state=state)
     return losses
 
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from megatron_med.config import ModelConfig, ParallelConfig
 from megatron_med.model.build import build_stage
 from megatron_med.parallel.context import ParallelContext, create_context
-from megatron_med.parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron_med.parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron_med.parallel.parameters import initialise, layout_of, parameters_with_layout
 from megatron_med.parallel.random import DropoutRegion
+from megatron_med.parallel.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
+from megatron_med.parallel.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from tests.ranks import run_ranks
 from tests.training import GPT2, LLAMA
 
@@ -33,8 +33,8 @@ def _random(*shape: int, seed: int) -> torch.Tensor:
 def _linears(sequence_parallel: bool, tensor: int) -> dict[str, np.ndarray]:
     """A column-parallel layer feeding a row-parallel one; this rank's pieces of results and gradients."""
     context = _context(tensor, sequence_parallel)
-    column = ColumnParallelLinear("c", (2, INNER, HIDDEN), context, torch.float64, bias=True, init_std=1.0)
-    row = RowParallelLinear("r", (HIDDEN, INNER), context, torch.float64, bias=True, init_std=1.0)
+    column = ColumnParallelLinear((2, INNER, HIDDEN), context, torch.float64, bias=True, init_std=1.0)
+    row = RowParallelLinear((HIDDEN, INNER), context, torch.float64, bias=True, init_std=1.0)
     assert column.bias is not None
     assert row.bias is not None
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_linear_layers_equal_their_uncut_twins(tensor: int, sequence_parallel: b
 
 def _embedding(sequence_parallel: bool, tensor: int) -> tuple[np.ndarray, np.ndarray]:
     context = _context(tensor, sequence_parallel)
-    layer = VocabParallelEmbedding("e", (VOCAB, HIDDEN), context, torch.float64, init_std=1.0, shared=False)
+    layer = VocabParallelEmbedding((VOCAB, HIDDEN), context, torch.float64, init_std=1.0, shared=False)
     with torch.no_grad():
         layer.weight.copy_(layout_of(layer.weight).cut(_random(VOCAB, HIDDEN, seed=0), context.tp))
     out = layer(torch.arange(SEQ * BATCH).view(BATCH, SEQ) * 7 % VOCAB)

@@ -29,10 +29,10 @@ PIPELINE = ("pp", "pp_backward", "pp_wrap", "pp_wrap_backward")
 def _recorded(config: Config) -> list[Event]:
     """Two steps of this rank."""
     buckets.BUCKET_ELEMENTS = 10_000  # several buckets of a small model
-    machinery, loader = set_up(config)
-    with Recorder(group_labels(machinery.context)) as recorder:
+    train_module, loader = set_up(config)
+    with Recorder(group_labels(train_module.context)) as recorder:
         for step in range(STEPS):
-            train_step(machinery, loader.load(8 * step, 8, step), 1e-3, False, StepTimer(torch.device("cpu")))
+            train_step(train_module, loader.load(8 * step, 8, step), 1e-3, False, StepTimer(torch.device("cpu")))
     return recorder.trace.events
 
 
@@ -153,12 +153,12 @@ def test_messages_between_stages_travel_beside_computation(sample_data: Path, sc
 
 def _outputs_alive(config: Config) -> int:
     """Outputs of this rank's chunk that are in memory when its first backward pass begins."""
-    machinery, loader = set_up(config)
+    train_module, loader = set_up(config)
     outputs: list[weakref.ref[Any]] = []
     alive: list[int] = []
-    for chunk in machinery.chunks:
+    for chunk in train_module.chunks:
         chunk.register_forward_hook(lambda _module, _inputs, output: outputs.append(weakref.ref(output)))
-    before = machinery.engine._before_backward
+    before = train_module.engine._before_backward
 
     def count(chunk: int, is_last: bool) -> None:
         time.sleep(0.2)  # the receiver takes its messages meanwhile
@@ -166,8 +166,8 @@ def _outputs_alive(config: Config) -> int:
         assert before is not None
         before(chunk, is_last)
 
-    machinery.engine._before_backward = count
-    train_step(machinery, loader.load(0, 8, 1), 1e-3, False, StepTimer(torch.device("cpu")))
+    train_module.engine._before_backward = count
+    train_step(train_module, loader.load(0, 8, 1), 1e-3, False, StepTimer(torch.device("cpu")))
     return alive[0]
 
 

@@ -77,12 +77,12 @@ def test_a_half_precision_combination_stays_near_one_process(
 
 def _losses_by_micro_batches(config: Config, counts: list[int]) -> list[float]:
     """One step's loss for several numbers of micro-batches."""
-    machinery, loader = set_up(config)
+    train_module, loader = set_up(config)
     losses = []
     for count in counts:
-        machinery.data_parallel.await_weights()
+        train_module.data_parallel.finish_param_sync()
         batches = loader.load(0, count, 1)
-        losses.append(train_step(machinery, batches, 1e-3, False, StepTimer(torch.device("cpu"))).loss)
+        losses.append(train_step(train_module, batches, 1e-3, False, StepTimer(torch.device("cpu"))).loss)
     return losses
 
 
@@ -121,17 +121,17 @@ def _assert_gradients_equal(grid: Trained, alone: Trained, bound: float) -> None
 
 def _validate_between_steps(config: Config) -> list[float]:
     """Validation loss, training loss, validation loss, ... over two steps; then once with weights set by hand."""
-    machinery, loader = set_up(config)
+    train_module, loader = set_up(config)
     held_out = loader.load(80, 13, 0)  # a last micro-batch that is not full
-    losses = [validation_loss(machinery, held_out)]
+    losses = [validation_loss(train_module, held_out)]
     for step in (1, 2):
         batches = loader.load(8 * (step - 1), 8, step)
-        losses.append(train_step(machinery, batches, 4e-3, False, StepTimer(torch.device("cpu"))).loss)
-        losses.append(validation_loss(machinery, held_out))
-    for item in machinery.optimizer.owned:
+        losses.append(train_step(train_module, batches, 4e-3, False, StepTimer(torch.device("cpu"))).loss)
+        losses.append(validation_loss(train_module, held_out))
+    for item in train_module.optimizer.owned:
         item.master.mul_(0.5)
-    machinery.data_parallel.publish()
-    losses.append(validation_loss(machinery, held_out))
+    train_module.data_parallel.start_param_sync()
+    losses.append(validation_loss(train_module, held_out))
     return losses
 
 
@@ -198,7 +198,7 @@ def test_dropout_is_reproduced_in_recompute(sample_data: Path, mode: str, grid: 
 
 def _drop_patterns(config: Config) -> dict[str, list[int]]:
     """The seeds with which each region of a tensor-parallel rank drew its masks in one step."""
-    machinery, loader = set_up(config)
+    train_module, loader = set_up(config)
     seeds: dict[str, list[int]] = {}
     seed = DropoutRegion.seed
 
@@ -208,7 +208,7 @@ def _drop_patterns(config: Config) -> dict[str, list[int]]:
         return drawn
 
     DropoutRegion.seed = noted  # type: ignore[method-assign]
-    train_step(machinery, loader.load(0, 2, 1), 1e-3, False, StepTimer(torch.device("cpu")))
+    train_step(train_module, loader.load(0, 2, 1), 1e-3, False, StepTimer(torch.device("cpu")))
     return seeds
 
 
@@ -223,8 +223,8 @@ def test_dropout_is_equal_over_tensor_parallel_where_it_must_be_and_differs_wher
     assert len(first) == 3 * 5 + 1
     for region, seeds in first.items():
         assert len(set(seeds)) == 2, "two micro-batches, two masks"
-        is_cut = sequence_parallel or region.endswith("probabilities")
-        assert (set(seeds).isdisjoint(second[region])) if is_cut else (seeds == second[region]), region
+        is_sharded = sequence_parallel or region.endswith("probabilities")
+        assert (set(seeds).isdisjoint(second[region])) if is_sharded else (seeds == second[region]), region
 
 
 def test_dropout_differs_where_tensor_parallel_ranks_hold_different_pieces(sample_data: Path) -> None:

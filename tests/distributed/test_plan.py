@@ -64,13 +64,13 @@ def _real_steps(config: Config) -> tuple[int, dict[str, tuple[int, int]]]:
     """Peak bytes of two steps, and calls and bytes of each group in the second one."""
     recorder = Recorder()
     with recorder:
-        machinery, loader = set_up(config)
-    recorder._groups.update(group_labels(machinery.context))
+        train_module, loader = set_up(config)
+    recorder._groups.update(group_labels(train_module.context))
     samples = config.train.global_batch_size
     for step in range(1, 3):
         with recorder, recorder.section() as trace:
             batches = loader.load(samples * (step - 1), samples, step)
-            train_step(machinery, batches, 1e-3, False, StepTimer(torch.device("cpu")))
+            train_step(train_module, batches, 1e-3, False, StepTimer(torch.device("cpu")))
     return recorder.peak, _traffic(trace)
 
 

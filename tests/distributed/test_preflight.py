@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_med.config import ParallelConfig
+from megatron_med.launch.preflight import preflight
+from megatron_med.launch.rendezvous import agree_on_start
 from megatron_med.parallel.context import create_context
-from megatron_med.parallel.preflight import preflight
-from megatron_med.parallel.rendezvous import agree_on_start
 from tests.ranks import run_ranks
 
 

@@ -17,7 +17,7 @@ from megatron_med.checkpoint.save import CheckpointSaver
 from megatron_med.checkpoint.storage import Reader
 from megatron_med.config.schema import Config
 from megatron_med.errors import CheckpointError
-from megatron_med.train.step import Machinery, train_step
+from megatron_med.train.step import TrainModule, train_step
 from megatron_med.train.timers import StepTimer
 from tests.ranks import run_ranks
 from tests.training import MODELS, make_config, set_up
@@ -26,13 +26,13 @@ PARALLEL = {"tensor": 2}
 NAME = "layers.1.mlp.down.weight"
 
 
-def _step(machinery: Machinery, loader: Any, step: int) -> None:
-    train_step(machinery, loader.load(8 * step, 8, step), 1e-2, False, StepTimer(torch.device("cpu")))
+def _step(train_module: TrainModule, loader: Any, step: int) -> None:
+    train_step(train_module, loader.load(8 * step, 8, step), 1e-2, False, StepTimer(torch.device("cpu")))
 
 
 def _save_and_train_on(config: Config, checkpoints: Path) -> tuple[bool, np.ndarray, np.ndarray]:
     """The writer is held back until two more steps are done."""
-    machinery, loader = set_up(config)
+    train_module, loader = set_up(config)
     gate, write = threading.Event(), saving._write
 
     def held_back(*arguments: Any) -> None:
@@ -41,18 +41,18 @@ def _save_and_train_on(config: Config, checkpoints: Path) -> tuple[bool, np.ndar
 
     saving._write = held_back
     committed: list[Path] = []
-    saver = CheckpointSaver(machinery.context, asynchronous=True, on_commit=committed.append)
-    _step(machinery, loader, 1)
-    (item,) = (item for item in machinery.optimizer.owned if item.layout.name == NAME)
+    saver = CheckpointSaver(train_module.context, asynchronous=True, on_commit=committed.append)
+    _step(train_module, loader, 1)
+    (item,) = (item for item in train_module.optimizer.owned if item.layout.name == NAME)
     before = item.master.numpy().copy()
     state = CheckpointState(model=asdict(config.model), step=1)
-    saver.save(step_folder(checkpoints, 1), machinery.optimizer, state)
+    saver.save(step_folder(checkpoints, 1), train_module.optimizer, state)
     early = bool(complete_steps(checkpoints))
-    _step(machinery, loader, 2)
+    _step(train_module, loader, 2)
     gate.set()
     saver.wait()
-    assert committed == ([step_folder(checkpoints, 1)] if machinery.context.world.is_first else [])
-    saver.save(step_folder(checkpoints, 2), machinery.optimizer, state)  # the buffers serve again
+    assert committed == ([step_folder(checkpoints, 1)] if train_module.context.world.is_first else [])
+    saver.save(step_folder(checkpoints, 2), train_module.optimizer, state)  # the buffers serve again
     saver.wait()
     return early, before, item.master.numpy().copy()
 
@@ -69,14 +69,14 @@ def test_what_is_written_is_the_state_at_the_call(sample_data: Path, tmp_path: P
 
 
 def _fail_to_save(config: Config, checkpoints: Path) -> str:
-    machinery, _ = set_up(config)
-    saver = CheckpointSaver(machinery.context, asynchronous=True, on_commit=lambda _: None)
+    train_module, _ = set_up(config)
+    saver = CheckpointSaver(train_module.context, asynchronous=True, on_commit=lambda _: None)
     state = CheckpointState(model=asdict(config.model), step=1)
-    saver.save(step_folder(checkpoints, 1), machinery.optimizer, state)
+    saver.save(step_folder(checkpoints, 1), train_module.optimizer, state)
     saver.wait()
-    if machinery.context.world.rank == 1:  # this rank alone meets a full disk
+    if train_module.context.world.rank == 1:  # this rank alone meets a full disk
         saving.dcp.FileSystemWriter = _FullDisk
-    saver.save(step_folder(checkpoints, 2), machinery.optimizer, state)
+    saver.save(step_folder(checkpoints, 2), train_module.optimizer, state)
     try:
         saver.wait()
     except CheckpointError as error:

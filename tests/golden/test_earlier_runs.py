@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
     with tarfile.open(RUNS) as archive:
         archive.extractall(tmp_path, filter="data")
     for record in tmp_path.glob("*/run.json"):
-        record.write_text(record.read_text().replace('"path": "tokens"', json.dumps({"path": f"{tmp_path}/tokens"})[1:-1]))
+        record.write_text(record.read_text().replace('"path": "tokens"', f'"path": "{tmp_path}/tokens"'))
     return tmp_path
 
 

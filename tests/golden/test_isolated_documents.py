@@ -23,11 +23,11 @@ SAMPLES = 4
 
 def _packed(config: Config, folder: Path) -> list[tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]]:
     """Documents, logits, mask and positions of packed samples; the same documents' logits alone are checked here."""
-    machinery, loader = set_up(config)
-    (chunk,) = machinery.chunks
+    train_module, loader = set_up(config)
+    (chunk,) = train_module.chunks
     chunk.eval()
     state = CheckpointState(model=config.model.__dict__ | {}, optimizer_steps=0, run={"precision": "fp32"})
-    save_checkpoint(step_folder(folder, 0), machinery.optimizer, machinery.context, state=state)
+    save_checkpoint(step_folder(folder, 0), train_module.optimizer, train_module.context, state=state)
     export_huggingface(folder, folder / "hf")
     results = []
     for sample in range(SAMPLES):
@@ -88,8 +88,8 @@ def test_positions_and_attention_of_two_documents() -> None:
 def _loss(config: Config) -> Any:
     from megatron_med.train.step import validation_loss
 
-    machinery, loader = set_up(config)
-    return validation_loss(machinery, loader.load(0, 8, 1)), [
+    train_module, loader = set_up(config)
+    return validation_loss(train_module, loader.load(0, 8, 1)), [
         (batch.labels[batch.loss_mask.bool()].tolist()) for batch in loader.load(0, 8, 1)
     ]
 

@@ -27,17 +27,17 @@ def _ours(config: Config, folder: Path) -> dict[str, Any]:
     """Saves the initial weights as a Hugging Face folder, then trains and keeps every batch."""
     from dataclasses import asdict
 
-    machinery, loader = set_up(config)
-    context = machinery.context
+    train_module, loader = set_up(config)
+    context = train_module.context
     state = CheckpointState(model=asdict(config.model), optimizer_steps=0, run={"precision": "fp32"})
-    save_checkpoint(step_folder(folder, 0), machinery.optimizer, context, state=state)
+    save_checkpoint(step_folder(folder, 0), train_module.optimizer, context, state=state)
     export_huggingface(folder, folder / "hf")
     size = config.train.global_batch_size
     losses, norms, rates, batches = [], [], [], []
     for step in range(1, config.train.steps + 1):
         lr = learning_rate(config.lr_schedule, config.optimizer.lr, step, config.train.steps)
         micro_batches = loader.load((step - 1) * size, size, step)
-        result = train_step(machinery, micro_batches, lr, False, StepTimer(torch.device("cpu")))
+        result = train_step(train_module, micro_batches, lr, False, StepTimer(torch.device("cpu")))
         losses.append(result.loss)
         norms.append(result.gradient_norm)
         rates.append(lr)

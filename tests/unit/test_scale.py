@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +18,7 @@ from megatron_med.data.indexed import IndexedDataset
 from megatron_med.data.indexed_writer import IndexedDatasetWriter
 from megatron_med.data.loader import BatchLoader
 from megatron_med.data.prefetch import Prefetcher
+from megatron_med.parallel.context import Axis, ParallelContext
 
 GAP_REPLAY = [107.0, 5480.0, 40700.0, 420.0]
 """Millions of tokens: guidelines, abstracts, papers, replay."""
@@ -135,7 +134,7 @@ def test_content_and_order_are_equal_at_any_data_parallel_size(corpora: list[Pac
         for step in range(4):
             ranks = []
             for rank in range(size):
-                context: Any = SimpleNamespace(dp=SimpleNamespace(rank=rank, size=size), device=torch.device("cpu"))
+                context = ParallelContext(torch.device("cpu"), batch=Axis(size, rank))
                 loader = BatchLoader(
                     stream, context, sequence_length=32, micro_batch_size=1, vocab_size=2_000_000, seed=1
                 )

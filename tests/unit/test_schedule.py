@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_med.parallel.schedule import (
+from megatron_med.parallel.pipeline_parallel.schedule import (
     GENERATORS,
     Backward,
     BackwardInput,
@@ -23,7 +23,7 @@ from megatron_med.parallel.schedule import (
     one_forward_one_backward,
     zero_bubble,
 )
-from megatron_med.parallel.simulation import ScheduleError, simulate
+from megatron_med.parallel.pipeline_parallel.simulation import ScheduleError, simulate
 from tests.conftest import REPOSITORY
 
 STAGES, MICRO_BATCHES, CHUNKS = st.integers(1, 12), st.integers(1, 40), st.integers(1, 5)
@@ -125,7 +125,7 @@ def test_messages_asked_for_in_another_order_are_found() -> None:
 @pytest.mark.parametrize("name", GENERATORS)
 def test_the_command_prints_figures_and_draws_a_picture(name: str, tmp_path: Path) -> None:
     picture = tmp_path / "out.png"
-    command = [sys.executable, "-m", "megatron_med.parallel.schedule", name, "--picture", str(picture)]
+    command = [sys.executable, "tools/draw_schedule.py", name, "--picture", str(picture)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=True)
     assert "bubble share" in done.stdout
     assert not done.stderr
@@ -134,7 +134,7 @@ def test_the_command_prints_figures_and_draws_a_picture(name: str, tmp_path: Pat
 
 
 def test_the_command_refuses_chunks_that_a_schedule_does_not_have() -> None:
-    command = [sys.executable, "-m", "megatron_med.parallel.schedule", "1f1b", "--chunks", "2"]
+    command = [sys.executable, "tools/draw_schedule.py", "1f1b", "--chunks", "2"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
     assert "error: --chunks is 2: 1f1b runs one chunk a stage" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,18 @@ LEVELS = {
     "config": 1,
     "kernels": 2,
     "parallel": 3,
-    "tracing": 4,
-    "model": 5,
-    "tokenizer": 6,
-    "data": 6,
-    "corpus": 7,
-    "optim": 8,
-    "checkpoint": 9,
-    "train": 10,
+    "launch": 4,
+    "tracing": 5,
+    "model": 6,
+    "tokenizer": 7,
+    "data": 7,
+    "corpus": 8,
+    "optim": 9,
+    "checkpoint": 10,
     "generate": 11,
-    "evaluate": 11,
-    "plan": 11,
+    "train": 12,
+    "evaluate": 13,
+    "plan": 13,
 }
 ORDERED_WITHIN_A_LEVEL = {("data", "tokenizer")}
 
@@ -60,6 +62,32 @@ def test_imports_point_one_way(path: Path) -> None:
         assert allowed, f"{path} imports {module}: {own} must not know {other}"
 
 
+def test_no_module_imports_itself_by_way_of_another() -> None:
+    """Module by module, imports inside functions included: a package, too, can be read in the order of its imports."""
+    modules = {_module(path): path for path in _files()}
+    graph = {module: {name for name in _imports(path) if name in modules} for module, path in modules.items()}
+    TopologicalSorter(graph).prepare()  # names a cycle
+
+
+def _module(path: Path) -> str:
+    parts = path.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_the_fake_world_stays_out_of_real_runs() -> None:
+    """torch's fake backend is of its test suite: one module imports it, and only what runs without a cluster that one."""
+    users = [_module(path) for path in _files() if any(name.startswith("torch.testing") for name in _imports(path))]
+    assert users == ["megatron_med.launch.fake"]
+    code = (
+        "import sys\n"
+        "import megatron_med.train.loop, megatron_med.train.setup, megatron_med.launch.process_group\n"
+        "import megatron_med.generate.generator, megatron_med.checkpoint.huggingface.convert\n"
+        "assert 'megatron_med.launch.fake' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 WITHOUT_TORCH = [
     "megatron_med",
     "megatron_med.errors",
@@ -78,7 +106,9 @@ WITHOUT_TORCH = [
     "megatron_med.corpus.build",
     "megatron_med.corpus.page",
     "megatron_med.parallel",
-    "megatron_med.parallel.schedule",
+    "megatron_med.parallel.pipeline_parallel.schedule",
+    "megatron_med.parallel.pipeline_parallel.simulation",
+    "megatron_med.launch",
     "megatron_med.tracing",
     "megatron_med.tracing.trace",
     "megatron_med.plan.cluster",

@@ -20,8 +20,9 @@ from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import OverlapConfig, ParallelConfig
 from megatron_med.config.validate import validate
 from megatron_med.errors import ConfigError, run_command
+from megatron_med.launch.process_group import start_process_group
 from megatron_med.parallel.collectives import all_reduce
-from megatron_med.parallel.context import create_context, start_process_group
+from megatron_med.parallel.context import create_context
 
 SETTINGS = {
     "all on": OverlapConfig(),
@@ -65,7 +66,7 @@ def main() -> None:
     for name, overlap in SETTINGS.items():
         config.parallel.overlap = overlap
         context = create_context(config.parallel, device)
-        ids = random_ids(config, device, seed=context.dp.rank)
+        ids = random_ids(config, device, seed=context.batch.rank)
         _, steps[name] = make_step(config, context, ids, arguments.micro_batches)
     seconds: dict[str, list[float]] = {name: [] for name in SETTINGS}
     for turn in range(arguments.steps + WARM_UP):

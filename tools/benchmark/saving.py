@@ -25,8 +25,9 @@ from megatron_med.checkpoint.views import optimizer_slices
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import ParallelConfig
 from megatron_med.errors import run_command
+from megatron_med.launch.process_group import start_process_group
 from megatron_med.parallel.collectives import all_reduce
-from megatron_med.parallel.context import create_context, start_process_group
+from megatron_med.parallel.context import create_context
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     device, _ = start_process_group(timedelta(minutes=10))
     context = create_context(ParallelConfig(), device)
     config = make_config(arguments.preset, arguments.sequence_length, 1, arguments.precision)
-    machinery, step = make_step(config, context, random_ids(config, device, seed=context.dp.rank), 2)
+    train_module, step = make_step(config, context, random_ids(config, device, seed=context.batch.rank), 2)
     folder = arguments.folder or Path(tempfile.gettempdir()) / "megatron_med-saving"
     savers = {
         "at once": CheckpointSaver(context, asynchronous=False, on_commit=lambda _: None),
@@ -51,7 +52,7 @@ def main() -> None:
     def slowest(seconds: float) -> float:
         return all_reduce(torch.tensor(seconds, device=device), context.world, dist.ReduceOp.MAX).item()
 
-    slices = optimizer_slices(machinery.optimizer)
+    slices = optimizer_slices(train_module.optimizer)
     buffers = [torch.empty_like(tensor, device="cpu") for tensor in slices.values()]
     times: dict[str, list[float]] = {}
 
@@ -64,7 +65,7 @@ def main() -> None:
             note("step", seconds_of(step, device))
             note("copy in memory", seconds_of(lambda: _copy(buffers, list(slices.values())), device))
             start = time.perf_counter()
-            saver.save(step_folder(folder, turn), machinery.optimizer, state)
+            saver.save(step_folder(folder, turn), train_module.optimizer, state)
             note(f"stall, saving {name}", time.perf_counter() - start)
             note(f"step after saving {name}", seconds_of(step, device))
             saver.wait()

@@ -11,8 +11,8 @@ from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
 from megatron_med.model.batch import MicroBatch
 from megatron_med.parallel.context import ParallelContext
-from megatron_med.train.setup import build_machinery
-from megatron_med.train.step import Machinery, train_step
+from megatron_med.train.setup import build_train_module
+from megatron_med.train.step import TrainModule, train_step
 from megatron_med.train.timers import StepTimer
 
 
@@ -47,11 +47,11 @@ def make_batch(ids: torch.Tensor) -> MicroBatch:
 
 def make_step(
     config: Config, context: ParallelContext, ids: torch.Tensor, micro_batches: int = 1
-) -> tuple[Machinery, Callable[[], object]]:
-    """The machinery of a run, and one training step of it."""
-    machinery = build_machinery(config, context)
+) -> tuple[TrainModule, Callable[[], object]]:
+    """The train_module of a run, and one training step of it."""
+    train_module = build_train_module(config, context)
     batches = [make_batch(ids)] * micro_batches
-    return machinery, lambda: train_step(machinery, batches, 1e-4, False, StepTimer(context.device))
+    return train_module, lambda: train_step(train_module, batches, 1e-4, False, StepTimer(context.device))
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from megatron_med.parallel.collectives import Pending
 from megatron_med.parallel.context import Axis, ParallelContext
-from megatron_med.parallel.data_parallel import DataParallel, OwnedParameter
-from megatron_med.parallel.parameters import GradientSink, layout_of, parameters_with_layout
+from megatron_med.parallel.data_parallel.base import DataParallel, ParameterShard
+from megatron_med.parallel.parameters import MainGrad, layout_of, parameters_with_layout
 
 BUCKET_ELEMENTS = 10_000_000
 """fp32 gradients that travel together: 40 MB, large enough for full bandwidth, small enough to overlap."""
@@ -29,13 +29,13 @@ class BucketedDataParallel(DataParallel):
     Args:
         chunks: this rank's pieces of the model.
         context: the grid.
-        shard: cut gradients and masters over ``dp_shard``; else every rank keeps whole ones.
+        shard: cut gradients and masters over the fsdp axis; else every rank keeps whole ones.
     """
 
     def __init__(self, chunks: nn.ModuleList, context: ParallelContext, shard: bool) -> None:
-        super().__init__(context, cuts_slices=shard)
-        axis = context.dp_shard if shard else Axis()
-        replicas = context.dp_replicate if shard else context.dp
+        super().__init__(context, is_sharded=shard)
+        axis = context.fsdp if shard else Axis()
+        replicas = context.dp_replicate if shard else context.loss
         self._complete: list[Bucket] = []
         self.buckets: list[Bucket] = []  # in the order of the forward pass
         for chunk in chunks:
@@ -53,32 +53,32 @@ class BucketedDataParallel(DataParallel):
     def _on_complete(self, bucket: Bucket) -> None:
         """A bucket has all of its gradients: it is cut and summed, and the one before it is summed over replicas."""
         if self.context.overlap.gradient_reduce:
-            bucket.start_reduction()
+            bucket.start_grad_sync()
             if self._complete:  # a fixed order over both groups: NCCL's must be the same on every rank
-                self._complete[-1].start_replica_sum()
+                self._complete[-1].start_replica_all_reduce()
         self._complete.append(bucket)
 
-    def complete_reduction(self) -> None:
+    def finish_grad_sync(self) -> None:
         late = [bucket for bucket in self.buckets if not bucket.is_complete]
         assert not late, f"{len(late)} gradient buckets are not complete: a parameter got no gradient"
         if not self.context.overlap.gradient_reduce:
             for bucket in self._complete:
-                bucket.start_reduction()
+                bucket.start_grad_sync()
         for bucket in self._complete:
-            bucket.start_replica_sum()
+            bucket.start_replica_all_reduce()
         for bucket in self._complete:
-            bucket.finish_reduction()
+            bucket.finish_grad_sync()
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def start_param_sync(self) -> None:
         for bucket in self.buckets:
-            bucket.publish()
+            bucket.start_param_sync()
             if not self.context.overlap.weight_gather:
-                bucket.await_weights()
+                bucket.finish_param_sync()
 
-    def await_weights(self) -> None:
+    def finish_param_sync(self) -> None:
         for bucket in self.buckets:
-            bucket.await_weights()
+            bucket.finish_param_sync()
 
     def _await_in_forward(self, chunks: nn.ModuleList) -> None:
         """Each module waits for the buckets of its own parameters before it computes."""
@@ -86,7 +86,7 @@ class BucketedDataParallel(DataParallel):
         for module in chunks.modules():
             own = [bucket_of[id(p)] for p in module.parameters(recurse=False) if id(p) in bucket_of]
             for bucket in dict.fromkeys(own):
-                module.register_forward_pre_hook(lambda _module, _inputs, bucket=bucket: bucket.await_weights())
+                module.register_forward_pre_hook(lambda _module, _inputs, bucket=bucket: bucket.finish_param_sync())
 
 
 def _fill(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -101,8 +101,8 @@ def _fill(parameters: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
     return buckets
 
 
-class _Slicing:
-    """How one parameter is cut over the ranks of ``axis``: ``torch.chunk``'s rule, the last pieces may be short."""
+class _Sharding:
+    """How one parameter is cut over the ranks of ``axis``: ``torch.chunk``'s rule, the last shards may be short."""
 
     def __init__(self, parameter: nn.Parameter, axis: Axis) -> None:
         self.dim = layout_of(parameter).dp_dim
@@ -111,28 +111,28 @@ class _Slicing:
         self.length = self.shape[self.dim]
         self.chunk = -(-self.length // axis.size)
         self.padding = self.chunk * axis.size - self.length
-        self.piece_shape = (*self.shape[: self.dim], self.chunk, *self.shape[self.dim + 1 :])
+        self.padded_shape = (*self.shape[: self.dim], self.chunk, *self.shape[self.dim + 1 :])
         self.start = min(axis.rank * self.chunk, self.length)
         self.owned_length = min(self.chunk, self.length - self.start)
 
-    def mine(self, tensor: Tensor) -> Tensor:
-        """This rank's slice of a whole tensor (a view)."""
+    def shard(self, tensor: Tensor) -> Tensor:
+        """This rank's shard of a whole tensor (a view)."""
         return tensor.narrow(self.dim, self.start, self.owned_length)
 
-    def trim(self, piece: Tensor) -> Tensor:
-        """The owned part of a padded piece (a view)."""
-        return piece.view(self.piece_shape).narrow(self.dim, 0, self.owned_length)
+    def trim(self, padded: Tensor) -> Tensor:
+        """The owned part of a padded shard (a view)."""
+        return padded.view(self.padded_shape).narrow(self.dim, 0, self.owned_length)
 
-    def pieces(self, tensor: Tensor) -> Tensor:
-        """A whole tensor -> ``[ranks, *piece_shape]``, padded with zeros."""
+    def all_shards(self, tensor: Tensor) -> Tensor:
+        """A whole tensor -> ``[ranks, *padded_shape]``, padded with zeros."""
         if self.padding:
             after = [0, 0] * (tensor.dim() - 1 - self.dim) + [0, self.padding]
             tensor = F.pad(tensor, after)
         return tensor.unflatten(self.dim, (self.axis.size, self.chunk)).movedim(self.dim, 0)
 
-    def whole(self, pieces: Tensor) -> Tensor:
-        """``[ranks, *piece_shape]`` -> the whole tensor, padding removed."""
-        joined = pieces.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
+    def unshard(self, shards: Tensor) -> Tensor:
+        """``[ranks, *padded_shape]`` -> the whole tensor, padding removed."""
+        joined = shards.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
         return joined.narrow(self.dim, 0, self.length)
 
 
@@ -163,11 +163,11 @@ class Bucket:
         self._replicas = replicas
         self._context = context
         self._on_complete = on_complete
-        self._slicings = [_Slicing(parameter, axis) for parameter in parameters]
+        self._shardings = [_Sharding(parameter, axis) for parameter in parameters]
         total = sum(parameter.numel() for parameter in parameters)
         self._flat = torch.zeros(total, dtype=torch.float32, device=context.device)
         self._main_grads = _views(self._flat, [parameter.shape for parameter in parameters])
-        self.row = sum(_numel(slicing.piece_shape) for slicing in self._slicings)
+        self.row = sum(_numel(sharding.padded_shape) for sharding in self._shardings)
         self._reduced = self._flat if axis.size == 1 else self._flat.new_zeros(self.row)
         self._missing = 0
         self._scattering: Pending | None = None
@@ -176,19 +176,19 @@ class Bucket:
         self._short_slices: list[tuple[Tensor, Tensor]] = []
         self.owned = self._own()
         for parameter, main_grad in zip(parameters, self._main_grads, strict=True):
-            parameter.gradient_sink = GradientSink(main_grad, self._count)  # type: ignore[attr-defined]
+            parameter.main_grad = MainGrad(main_grad, self._register_grad_ready)  # type: ignore[attr-defined]
             if parameter.dtype == torch.float32:  # autograd adds straight into the bucket
                 parameter.grad = main_grad
             parameter.register_post_accumulate_grad_hook(self._from_autograd)
 
-    def _own(self) -> list[OwnedParameter]:
-        pieces = _views(self._reduced, [slicing.piece_shape for slicing in self._slicings])
+    def _own(self) -> list[ParameterShard]:
+        shards = _views(self._reduced, [sharding.padded_shape for sharding in self._shardings])
         owned = []
-        for parameter, slicing, piece in zip(self.parameters, self._slicings, pieces, strict=True):
-            whole_fp32 = self._axis.size == 1 and parameter.dtype == torch.float32
-            master = parameter.data if whole_fp32 else slicing.mine(parameter.data).to(torch.float32, copy=True)
-            gradient = self._contiguous(slicing.trim(piece))
-            owned.append(OwnedParameter(layout_of(parameter), parameter, master, gradient))
+        for parameter, sharding, padded in zip(self.parameters, self._shardings, shards, strict=True):
+            is_master = self._axis.size == 1 and parameter.dtype == torch.float32
+            master = parameter.data if is_master else sharding.shard(parameter.data).to(torch.float32, copy=True)
+            gradient = self._contiguous(sharding.trim(padded))
+            owned.append(ParameterShard(layout_of(parameter), parameter, master, gradient))
         return owned
 
     def _contiguous(self, trimmed: Tensor) -> Tensor:
@@ -207,34 +207,37 @@ class Bucket:
     def begin_step(self, micro_batches: int) -> None:
         """Zeroes the gradients; each micro-batch will bring every parameter's contributions."""
         self._flat.zero_()
-        self._missing = micro_batches * sum(layout_of(parameter).uses for parameter in self.parameters)
+        self._missing = micro_batches * sum(layout_of(parameter).grad_contributions for parameter in self.parameters)
 
     def _from_autograd(self, parameter: Tensor) -> None:
-        sink: GradientSink = parameter.gradient_sink  # type: ignore[attr-defined]
-        if parameter.grad is not sink.main_grad:
+        total = parameter.main_grad.total  # type: ignore[attr-defined]
+        if parameter.grad is not total:
             assert parameter.grad is not None, "the hook runs after the gradient was stored"
-            sink.main_grad.add_(parameter.grad)
+            total.add_(parameter.grad)
             parameter.grad = None
-        self._count()
+        self._register_grad_ready()
 
-    def _count(self) -> None:
+    def _register_grad_ready(self) -> None:
         self._missing -= 1
         assert self._missing >= 0, "more gradients than micro-batches"
         if self._missing == 0:
             self._on_complete(self)
 
     @torch.no_grad()
-    def start_reduction(self) -> None:
+    def start_grad_sync(self) -> None:
         """Begins to cut the sum over the ranks of the axis into slices."""
         if self._axis.group is None:
             self._scattering = Pending(self._reduced)
             return
         buffer = self._flat.new_empty(self._axis.size, self.row)
-        self._pack(buffer, [s.pieces(grad) for s, grad in zip(self._slicings, self._main_grads, strict=True)])
+        self._pack(
+            buffer,
+            [sharding.all_shards(grad) for sharding, grad in zip(self._shardings, self._main_grads, strict=True)],
+        )
         work = dist.reduce_scatter_single(self._reduced, buffer.view(-1), group=self._axis.group, async_op=True)
         self._scattering = Pending(self._reduced, work, buffer)
 
-    def start_replica_sum(self) -> None:
+    def start_replica_all_reduce(self) -> None:
         """Begins to sum the slices over the replicas, once they are there."""
         if self._summing is not None:
             return
@@ -244,7 +247,7 @@ class Bucket:
         work = None if group is None else dist.all_reduce(slices, group=group, async_op=True)
         self._summing = Pending(slices, work)
 
-    def finish_reduction(self) -> None:
+    def finish_grad_sync(self) -> None:
         """Waits for the sums."""
         assert self._summing is not None, "the replicas' sum was not started"
         self._summing.wait()
@@ -252,7 +255,7 @@ class Bucket:
         for own, trimmed in self._short_slices:
             own.copy_(trimmed)
 
-    def publish(self) -> None:
+    def start_param_sync(self) -> None:
         """Begins to gather the masters of all ranks into the parameters."""
         if self._axis.group is None:
             for item in self.owned:
@@ -261,32 +264,32 @@ class Bucket:
             return
         dtype = self.parameters[0].dtype
         row = torch.zeros(self.row, dtype=dtype, device=self._context.device)
-        pieces = _views(row, [slicing.piece_shape for slicing in self._slicings])
-        for item, slicing, piece in zip(self.owned, self._slicings, pieces, strict=True):
-            slicing.trim(piece).copy_(item.master)
+        shards = _views(row, [sharding.padded_shape for sharding in self._shardings])
+        for item, sharding, padded in zip(self.owned, self._shardings, shards, strict=True):
+            sharding.trim(padded).copy_(item.master)
         gathered = row.new_empty(self._axis.size, self.row)
         work = dist.all_gather_single(gathered.view(-1), row, group=self._axis.group, async_op=True)
         self._gathering = Pending(gathered, work, row)
 
     @torch.no_grad()
-    def await_weights(self) -> None:
+    def finish_param_sync(self) -> None:
         """Waits until the parameters hold what was published."""
         if self._gathering is None:
             return
         gathered, self._gathering = self._gathering.wait(), None
         offset = 0
-        for parameter, slicing in zip(self.parameters, self._slicings, strict=True):
-            size = _numel(slicing.piece_shape)
-            columns = gathered[:, offset : offset + size].unflatten(1, slicing.piece_shape)
-            parameter.copy_(slicing.whole(columns))
+        for parameter, sharding in zip(self.parameters, self._shardings, strict=True):
+            size = _numel(sharding.padded_shape)
+            columns = gathered[:, offset : offset + size].unflatten(1, sharding.padded_shape)
+            parameter.copy_(sharding.unshard(columns))
             offset += size
 
     @staticmethod
-    def _pack(buffer: Tensor, pieces: list[Tensor]) -> None:
+    def _pack(buffer: Tensor, shards: list[Tensor]) -> None:
         offset = 0
-        for piece in pieces:
-            size = _numel(piece.shape[1:])
-            buffer[:, offset : offset + size].unflatten(1, piece.shape[1:]).copy_(piece)
+        for each in shards:
+            size = _numel(each.shape[1:])
+            buffer[:, offset : offset + size].unflatten(1, each.shape[1:]).copy_(each)
             offset += size
 
 

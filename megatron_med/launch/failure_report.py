@@ -44,7 +44,7 @@ def is_connection_failure(error: BaseException) -> bool:
     return False
 
 
-class RollCall:
+class FailureReport:
     """Every rank whose collective fails answers in the rendezvous store; those that do not are the cause. A rank that
     fails by itself says so there and leaves.
 
@@ -58,7 +58,7 @@ class RollCall:
         self._rank = rank
         self._world_size = world_size
 
-    def confess(self, code: int, reason: str) -> None:
+    def record(self, code: int, reason: str) -> None:
         """Tells the others that this rank ends the run, and why; the first one counts."""
         confession = json.dumps({"rank": self._rank, "code": code, "reason": reason})
         self._in_time(lambda: self._store.compare_set("cause", "", confession))
@@ -122,6 +122,6 @@ class RollCall:
                 break
             time.sleep(_POLL_SECONDS)
 
-    def speaks(self, silent: list[int]) -> bool:
+    def is_reporter(self, silent: list[int]) -> bool:
         """Whether this rank is the one to tell: the first that answered."""
         return self._rank == min(set(range(self._world_size)) - set(silent), default=self._rank)

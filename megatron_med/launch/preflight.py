@@ -15,27 +15,13 @@ def preflight(context: ParallelContext) -> None:
     asks for a gradient ahead of time would wait there while its neighbour waits for a hidden state.
     """
     one = torch.ones(1, device=context.device)
-    for axis in _axes(context):
-        if axis.group is not None:
-            total = one.clone()
-            dist.all_reduce(total, group=axis.group)
-            assert total.item() == axis.size, f"ranks {axis.ranks}: {total.item()} of {axis.size} answered"
+    groups = {axis.group: axis for axis in context.axes().values() if axis.group is not None}
+    for axis in groups.values():
+        total = one.clone()
+        dist.all_reduce(total, group=axis.group)
+        assert total.item() == axis.size, f"ranks {axis.ranks}: {total.item()} of {axis.size} answered"
     for axis, source, target in _links(context):
         _send_one(axis, source, target, one)
-
-
-def _axes(context: ParallelContext) -> list[Axis]:
-    return [
-        context.tp,
-        context.pp,
-        context.pp_backward,
-        context.pp_wrap,
-        context.pp_wrap_backward,
-        context.dp,
-        context.dp_shard,
-        context.dp_replicate,
-        context.embedding,
-    ]
 
 
 def _links(context: ParallelContext) -> list[tuple[Axis, int, int]]:

@@ -18,15 +18,15 @@ from megatron_med.parallel.parameters import ParameterLayout
 
 
 @dataclass
-class OwnedParameter:
+class ParameterShard:
     """The slice of one parameter that this rank's optimizer updates.
 
     Attributes:
         layout: what the parameter declares.
         parameter: the tensor-parallel piece that the model computes with.
         master: fp32 weights of the slice. The parameter itself where it is whole and fp32.
-        gradient: fp32 gradient of the slice, summed over all ranks after ``DataParallel.finish``; valid until the
-            next step begins.
+        gradient: fp32 gradient of the slice, summed over all ranks after ``finalize_grads``; valid until the next step
+            begins.
     """
 
     layout: ParameterLayout
@@ -35,7 +35,7 @@ class OwnedParameter:
     gradient: Tensor
 
     @property
-    def is_cut(self) -> bool:
+    def is_sharded(self) -> bool:
         """Whether data-parallel ranks hold different slices."""
         return self.master.shape != self.parameter.shape
 
@@ -44,14 +44,14 @@ class DataParallel(ABC):
     """Sums gradients over ranks and hands updated weights back to the model.
 
     Attributes:
-        cuts_slices: data-parallel ranks own different slices.
+        is_sharded: data-parallel ranks own different slices.
         owned: the slices that this rank's optimizer updates.
     """
 
-    def __init__(self, context: ParallelContext, cuts_slices: bool) -> None:
+    def __init__(self, context: ParallelContext, is_sharded: bool) -> None:
         self.context = context
-        self.cuts_slices = cuts_slices
-        self.owned: list[OwnedParameter] = []
+        self.is_sharded = is_sharded
+        self.owned: list[ParameterShard] = []
 
     @abstractmethod
     def begin_step(self, micro_batches: int) -> None:
@@ -61,34 +61,32 @@ class DataParallel(ABC):
         """Before each backward pass of a chunk; ``is_last``: the one that completes its gradients."""
 
     @abstractmethod
-    def complete_reduction(self) -> None:
+    def finish_grad_sync(self) -> None:
         """Waits until every slice holds the sum over the data-parallel ranks."""
 
     @abstractmethod
-    def publish(self) -> None:
+    def start_param_sync(self) -> None:
         """Begins to copy the masters into the model; the next forward pass waits for what it needs."""
 
     @abstractmethod
-    def await_weights(self) -> None:
+    def finish_param_sync(self) -> None:
         """Waits until the model holds what was published."""
 
     @torch.no_grad()
-    def finish(self) -> None:
+    def finalize_grads(self) -> None:
         """Completes the reduction, then sums what tensor-parallel ranks and tied stages hold in parts."""
-        self.complete_reduction()
+        self.finish_grad_sync()
         partial = [item.gradient for item in self.owned if item.layout.partial_over_tp]
         _all_reduce_together(partial, self.context.tp)
         if self.context.pp.is_first or self.context.pp.is_last:
             shared = [item.gradient for item in self.owned if item.layout.shared]
             _all_reduce_together(shared, self.context.embedding)
 
-    def counts_in_norm(self, item: OwnedParameter) -> bool:
+    def counts_in_norm(self, item: ParameterShard) -> bool:
         """Whether this rank's slice is the one counted among its copies on other ranks."""
         context = self.context
         copies = [] if item.layout.tp_dim is not None else [context.tp]
-        copies += [context.dp_replicate, context.cp]
-        if not item.is_cut:
-            copies.append(context.dp_shard)
+        copies.append(context.dp_replicate if item.is_sharded else context.loss)
         if item.layout.shared:
             copies.append(context.embedding)
         return all(axis.is_first for axis in copies)

@@ -1,7 +1,7 @@
 """Pipeline schedules as plain data: for every stage, the list of passes it runs in order.
 
-Generators make such lists, ``simulation.py`` proves that a list can run and prices it, the engine of ``pipeline.py``
-executes it. No torch here. ``python -m megatron_med.parallel.schedule 1f1b --picture out.png`` draws any of them.
+Generators make such lists, ``simulation.py`` proves that a list can run and predicts its time, ``engine.py`` executes
+it. No torch here. ``python tools/draw_schedule.py 1f1b --picture out.png`` draws any of them.
 
 With several chunks a stage, chunk c of stage s holds the layers of virtual stage ``c * stages + s``: a micro-batch
 goes through all stages once for every chunk.
@@ -148,9 +148,3 @@ def _groups(stages: int, micro_batches: int) -> list[range]:
 def _by_groups(stages: int, micro_batches: int, chunks: list[int]) -> list[tuple[int, int]]:
     """(micro-batch, chunk): each group of micro-batches goes through every chunk in turn."""
     return [(index, chunk) for group in _groups(stages, micro_batches) for chunk in chunks for index in group]
-
-
-if __name__ == "__main__":  # -m runs this file a second time, so the command lives beside it
-    from megatron_med.parallel.schedule_picture import main
-
-    main()

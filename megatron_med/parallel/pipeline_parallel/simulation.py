@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_med.parallel.schedule import Action, Backward, BackwardInput, BackwardWeight, Forward, Schedule
+from megatron_med.parallel.pipeline_parallel.schedule import (
+    Action,
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+    Schedule,
+)
 
 Place = tuple[int, Action]
 """(stage, action)"""

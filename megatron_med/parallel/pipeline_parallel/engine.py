@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_med.config.layers import Chunk
 from megatron_med.parallel.collectives import Pending
 from megatron_med.parallel.context import ParallelContext
-from megatron_med.parallel.p2p import PipelineLink
-from megatron_med.parallel.schedule import Action, Backward, BackwardInput, BackwardWeight, Forward
-from megatron_med.parallel.weight_products import WeightProduct
+from megatron_med.parallel.pipeline_parallel.p2p import PipelineLink
+from megatron_med.parallel.pipeline_parallel.schedule import Action, Backward, BackwardInput, BackwardWeight, Forward
+from megatron_med.parallel.pipeline_parallel.weight_grad_store import WeightGrad, WeightGradStore
+from megatron_med.parallel.tensor_parallel.layers import share_weight_grad_store
 
 BatchT = TypeVar("BatchT")
 BatchC = TypeVar("BatchC", contravariant=True)
@@ -28,6 +29,10 @@ class Stage(Protocol[BatchC]):
 
     def __call__(self, hidden: Tensor | None, batch: BatchC, /) -> Tensor:
         """Hidden states of the previous chunk (None on the first) -> hidden states; logits on the last."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The chunk and all of its parts."""
         ...
 
     def loss(self, logits: Tensor, batch: BatchC, /) -> Tensor:
@@ -49,7 +54,7 @@ class _Alive:
     received: Tensor | None
     edge: GradientEdge | None
     loss: Tensor | None = None
-    weight_products: list[WeightProduct] = field(default_factory=list)
+    weight_grads: list[WeightGrad] = field(default_factory=list)
 
 
 class PipelineEngine(Generic[BatchT]):
@@ -76,6 +81,9 @@ class PipelineEngine(Generic[BatchT]):
         self._context = context
         self._link = PipelineLink(context, dtype)
         self._before_backward = before_backward
+        self._weight_grads = WeightGradStore()
+        for chunk in chunks:
+            share_weight_grad_store(chunk.modules(), self._weight_grads)
 
     def run(self, actions: Sequence[Action], batches: Sequence[BatchT], loss_scale: Tensor | None = None) -> Tensor:
         """Executes ``actions`` over ``batches``.
@@ -110,7 +118,7 @@ class PipelineEngine(Generic[BatchT]):
                 if trains:
                     alive[key] = item
             elif isinstance(action, BackwardWeight):
-                self._weight_products(alive.pop(key))
+                self._run_weight_grads(alive.pop(key))
             else:
                 backwards_left[action.chunk] -= 1
                 if self._before_backward is not None:
@@ -145,8 +153,8 @@ class PipelineEngine(Generic[BatchT]):
         return _Alive(received, get_gradient_edge(out) if out.requires_grad else None)
 
     @torch.no_grad()
-    def _weight_products(self, item: _Alive) -> None:
-        for product in item.weight_products:
+    def _run_weight_grads(self, item: _Alive) -> None:
+        for product in item.weight_grads:
             product()
 
     def _backward(self, action: Action, item: _Alive, arriving: Pending | None, loss_scale: Tensor | None) -> None:
@@ -154,7 +162,7 @@ class PipelineEngine(Generic[BatchT]):
         assert output is not None, "a backward pass without its forward pass"
         gradient = loss_scale if arriving is None else arriving.wait()
         if isinstance(action, BackwardInput):
-            with self._context.weight_products.put_off() as item.weight_products:
+            with self._weight_grads.defer() as item.weight_grads:
                 torch.autograd.backward(output, gradient)
         else:
             torch.autograd.backward(output, gradient)

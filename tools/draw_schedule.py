@@ -1,4 +1,7 @@
-"""The timeline of a pipeline schedule: figures on the console and, when asked, a picture."""
+"""The timeline of a pipeline schedule: figures on the console and, when asked, a picture.
+
+python tools/draw_schedule.py NAME --stages P --micro-batches M [--chunks V] [--picture FILE]
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_med.errors import ConfigError, run_command
-from megatron_med.parallel.schedule import GENERATORS, Action, Backward, BackwardInput, BackwardWeight, Forward
-from megatron_med.parallel.simulation import Simulation, simulate
+from megatron_med.parallel.pipeline_parallel.schedule import (
+    GENERATORS,
+    Action,
+    Backward,
+    BackwardInput,
+    BackwardWeight,
+    Forward,
+)
+from megatron_med.parallel.pipeline_parallel.simulation import Simulation, simulate
 
 _COLOURS: dict[type, tuple[str, str]] = {
     Forward: ("forward", "#4c78c8"),
@@ -20,9 +30,8 @@ _MOST_LABELS = 1500
 
 
 def main() -> None:
-    """``python -m megatron_med.parallel.schedule NAME --stages P --micro-batches M [--chunks V] [--picture FILE]``"""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_med.parallel.schedule",
+        prog="python tools/draw_schedule.py",
         description="Runs a pipeline schedule on paper: bubble, peak of live activations, and a picture of it.",
     )
     parser.add_argument("schedule", choices=sorted(GENERATORS))
@@ -93,3 +102,7 @@ def _bar(axes: Any, stage: int, action: Action, start: float, end: float, chunks
     axes.barh(stage, end - start, left=start, height=0.82, color=colour, alpha=opacity, edgecolor="white", linewidth=1)
     if label:
         axes.text((start + end) / 2, stage, str(action.micro_batch), ha="center", va="center", fontsize=7)
+
+
+if __name__ == "__main__":
+    main()

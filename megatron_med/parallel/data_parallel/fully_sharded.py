@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from megatron_med.parallel.context import Axis, ParallelContext
-from megatron_med.parallel.data_parallel import DataParallel, OwnedParameter
+from megatron_med.parallel.data_parallel.base import DataParallel, ParameterShard
 from megatron_med.parallel.parameters import layout_of, parameters_with_layout
 
 
@@ -30,14 +30,14 @@ class FullyShardedDataParallel(DataParallel):
     """
 
     def __init__(self, chunks: nn.ModuleList, context: ParallelContext, dtype: torch.dtype) -> None:
-        super().__init__(context, cuts_slices=True)
+        super().__init__(context, is_sharded=True)
         self._chunks = chunks
         self._in_pipeline = context.pp.size > 1
         self._mesh = _mesh(context)
         for chunk in chunks:
             self._wrap(chunk, dtype)
         self.owned = [
-            OwnedParameter(layout, parameter, _local(parameter), _local(parameter).new_zeros(0))
+            ParameterShard(layout, parameter, _local(parameter), _local(parameter).new_zeros(0))
             for layout, parameter in parameters_with_layout(chunks)
             if layout.trained
         ]
@@ -75,29 +75,28 @@ class FullyShardedDataParallel(DataParallel):
             module.set_requires_gradient_sync(is_last)
             module.set_reshard_after_backward(is_last)
 
-    def complete_reduction(self) -> None:
+    def finish_grad_sync(self) -> None:
         for item in self.owned:
             assert item.parameter.grad is not None, f"{item.layout.name} got no gradient"
             item.gradient = _local(item.parameter.grad)
 
-    def publish(self) -> None:
+    def start_param_sync(self) -> None:
         for module in _fsdp_modules(self._chunks):
             module.reshard()  # the next forward pass gathers the new values
 
-    def await_weights(self) -> None:
+    def finish_param_sync(self) -> None:
         """Nothing to wait for: each layer gathers its weights itself."""
 
 
 def _mesh(context: ParallelContext) -> DeviceMesh:
     """The ranks that cut (and replicate) this stage, as FSDP2 wants to see them."""
     assert context.grid is not None, "full sharding needs a process group"
-    pp, cp, tp = context.pp.rank, context.cp.rank, context.tp.rank
-    ranks = context.grid[pp, :, :, cp, tp]
+    ranks = context.grid[context.pp.rank, :, :, :, context.tp.rank].flatten(1)  # [dp_replicate, fsdp]
     if context.dp_replicate.size == 1:
-        group = _group(context.dp_shard)
-        return DeviceMesh.from_group(group, context.device.type, mesh=ranks[0], mesh_dim_names=("dp_shard",))
-    groups = [_group(context.dp_replicate), _group(context.dp_shard)]
-    return DeviceMesh.from_group(groups, context.device.type, mesh=ranks, mesh_dim_names=("dp_replicate", "dp_shard"))
+        group = _group(context.fsdp)
+        return DeviceMesh.from_group(group, context.device.type, mesh=ranks[0], mesh_dim_names=("fsdp",))
+    groups = [_group(context.dp_replicate), _group(context.fsdp)]
+    return DeviceMesh.from_group(groups, context.device.type, mesh=ranks, mesh_dim_names=("dp_replicate", "fsdp"))
 
 
 def _group(axis: Axis) -> dist.ProcessGroup:

@@ -1,0 +1,1 @@
+"""How a run starts and how it ends: rendezvous, process group, preflight, failure report."""
