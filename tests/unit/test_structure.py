@@ -75,7 +75,7 @@ def _module(path: Path) -> str:
 
 
 def test_the_fake_world_stays_out_of_real_runs() -> None:
-    """torch's fake backend is of its test suite: one module imports it, and only what runs without a cluster that one."""
+    """torch's fake backend is of its test suite: one module imports it, for what runs without a cluster on purpose."""
     users = [_module(path) for path in _files() if any(name.startswith("torch.testing") for name in _imports(path))]
     assert users == ["megatron_med.launch.fake"]
     code = (
