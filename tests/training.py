@@ -98,7 +98,7 @@ def set_up(config: Config) -> tuple[TrainModule, BatchLoader]:
     train_module = build_train_module(config, context)
     cache = cache_folder(None)
     seed, length = config.train.seed, config.data.sequence_length
-    corpora = open_corpora(config.data.train, length, seed, config.model.vocab_size, cache)
+    corpora = open_corpora(config.data.train, config.data, seed, config.model.vocab_size, cache)
     dataset = blend(corpora, config.data.train, config.train.steps * config.train.global_batch_size, cache)
     loader = BatchLoader(
         dataset,
@@ -107,7 +107,6 @@ def set_up(config: Config) -> tuple[TrainModule, BatchLoader]:
         micro_batch_size=config.train.micro_batch_size,
         vocab_size=config.model.vocab_size,
         seed=seed,
-        isolate_documents=config.data.isolate_documents,
     )
     return train_module, loader
 

@@ -164,7 +164,7 @@ class DataConfig:
     """Where sample indices are cached. null: MEGATRON_MED_CACHE, or ~/.cache/megatron_med."""
     isolate_documents: bool = False
     """true: documents packed into one sample do not see each other, positions restart with each, and no token has to
-    foretell the next document's first. false: attention may cross their borders."""
+    predict the next document's first. false: attention may cross their borders."""
 
 
 @dataclass

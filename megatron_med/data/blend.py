@@ -11,6 +11,7 @@ import numpy.typing as npt
 from megatron_med.data.cache import cached_arrays
 from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.index import build_blending_index
+from megatron_med.data.sample import Sample
 
 
 class BlendedDataset:
@@ -46,14 +47,10 @@ class BlendedDataset:
             return 0, index
         return int(self._blend["set"][index]), int(self._blend["index"][index])
 
-    def sample(self, index: int) -> npt.NDArray[np.int64]:
-        """Sample ``index``: ``[sequence_length + 1]`` ids."""
-        return np.concatenate(self.pieces(index)).astype(np.int64)
-
-    def pieces(self, index: int) -> list[npt.NDArray[np.integer]]:
-        """The documents, or parts of documents, that sample ``index`` is packed from."""
+    def sample(self, index: int) -> Sample:
+        """Sample ``index`` of the stream."""
         corpus, number = self.locate(index)
-        return self._corpora[corpus].pieces(number)
+        return self._corpora[corpus].sample(number)
 
     def source(self, index: int) -> Path:
         """Prefix of the files that sample ``index`` comes from."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from megatron_med.data.cache import Arrays, cached_arrays, remembered
 from megatron_med.data.index import build_sample_index, shuffled_range
 from megatron_med.data.indexed import IndexedDataset
+from megatron_med.data.sample import Sample, without_borders
 from megatron_med.errors import DataError
 
 _CACHED_EPOCHS = 2
@@ -35,10 +36,14 @@ class PackedDataset:
         sequence_length: tokens of one sample; one more is read as the last label.
         seed: of the order.
         cache: folder for the index arrays.
+        isolate_documents: documents packed into one sample do not see each other.
     """
 
-    def __init__(self, data: IndexedDataset, sequence_length: int, seed: int, cache: Path) -> None:
+    def __init__(
+        self, data: IndexedDataset, sequence_length: int, seed: int, cache: Path, isolate_documents: bool = False
+    ) -> None:
         self.data = data
+        self.isolate_documents = isolate_documents
         self.sequence_length = sequence_length
         self.seed = seed
         self._cache = cache
@@ -52,16 +57,22 @@ class PackedDataset:
                 f"{sequence_length} needs {sequence_length + 1}. Add text or shorten the samples."
             )
 
-    def sample(self, index: int) -> npt.NDArray[np.int64]:
-        """Sample ``index``, counted on over all epochs: ``[sequence_length + 1]``."""
-        return np.concatenate(self.pieces(index)).astype(np.int64)
-
-    def pieces(self, index: int) -> list[npt.NDArray[np.integer]]:
-        """The documents, or parts of documents, that a sample is packed from."""
-        return [ids for _, _, ids in self.parts(index)]
+    def sample(self, index: int) -> Sample:
+        """Sample ``index``, counted on over all epochs."""
+        ids = [part for _, _, part in self.parts(index)]
+        tokens = np.concatenate(ids)
+        if not self.isolate_documents:
+            return without_borders(tokens)
+        mask = np.ones(self.sequence_length, dtype=np.float32)
+        ends = np.cumsum([len(part) for part in ids])
+        mask[ends[:-1] - 1] = 0  # no token predicts another document's first
+        lengths = [len(part) for part in ids]
+        lengths[-1] -= 1  # the last token is a label only
+        return Sample(tokens, mask, tuple(length for length in lengths if length))
 
     def parts(self, index: int) -> list[tuple[int, int, npt.NDArray[np.integer]]]:
-        """``pieces``, each with the number of its document and the token of it that the piece begins with."""
+        """The documents, or parts of documents, that a sample is packed from: number of the document, the token of it
+        that the part begins with, ids."""
         epoch, place = divmod(index, self.samples_per_epoch)
         arrays = self._order(epoch)
         documents, samples = arrays["documents"], arrays["samples"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -10,8 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_med.data.sample import Sample
 from megatron_med.data.sampler import MicroBatchPlace, micro_batch_places
 from megatron_med.errors import DataError
+from megatron_med.kernels.functional import PackedDocuments
 from megatron_med.model.batch import MicroBatch
 from megatron_med.parallel.context import ParallelContext
 
@@ -21,8 +24,8 @@ class SampleStream(Protocol):
 
     def __len__(self) -> int: ...
 
-    def pieces(self, index: int) -> list[npt.NDArray[np.integer]]:
-        """The documents, or parts of documents, that sample ``index`` is packed from."""
+    def sample(self, index: int) -> Sample:
+        """Sample ``index`` of the stream."""
         ...
 
     def source(self, index: int) -> Path:
@@ -38,7 +41,6 @@ class BatchLoader:
         context: the grid.
         sequence_length, micro_batch_size, vocab_size: of the run.
         seed: names the dropout masks.
-        isolate_documents: documents packed into one sample do not see each other.
     """
 
     def __init__(
@@ -50,7 +52,6 @@ class BatchLoader:
         micro_batch_size: int,
         vocab_size: int,
         seed: int,
-        isolate_documents: bool = False,
     ) -> None:
         self.dataset = dataset
         self._context = context
@@ -58,7 +59,6 @@ class BatchLoader:
         self._micro_batch_size = micro_batch_size
         self._vocab_size = vocab_size
         self._seed = seed
-        self._isolate_documents = isolate_documents
 
     def load(self, consumed: int, batch_size: int, step: int) -> list[MicroBatch]:
         """This rank's part of the global batch of ``batch_size`` samples that begins at sample ``consumed``."""
@@ -68,53 +68,40 @@ class BatchLoader:
 
     def _micro_batch(self, place: MicroBatchPlace, step: int) -> MicroBatch:
         """Samples of one place; where there are fewer than a micro-batch, rows without loss fill it up."""
-        rows = np.zeros((self._micro_batch_size, self._length + 1), dtype=np.int64)
-        documents = np.zeros_like(rows)
-        mask = np.zeros((self._micro_batch_size, self._length), dtype=np.float32)
-        for row, sample in enumerate(place.samples):
-            pieces = self.dataset.pieces(sample)
-            rows[row] = self._checked(np.concatenate(pieces), sample)
-            documents[row] = np.repeat(np.arange(len(pieces)), [len(piece) for piece in pieces])
-            mask[row] = 1
+        samples = [self._read(number) for number in place.samples]
+        missing = self._micro_batch_size - len(samples)
+        samples += [_filler(self._length)] * missing
         device = self._context.device
-        tokens = torch.from_numpy(rows).to(device)
-        positions, allowed = torch.arange(self._length).expand(self._micro_batch_size, -1), None
-        if self._isolate_documents:
-            mask *= documents[:, :-1] == documents[:, 1:]  # no token foretells another document
-            positions, allowed = isolation(torch.from_numpy(documents[:, :-1]))
+        tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)).to(device)
+        lengths = [length for sample in samples for length in sample.document_lengths]
         return MicroBatch(
             tokens=tokens[:, :-1],
             labels=tokens[:, 1:],
-            loss_mask=torch.from_numpy(mask).to(device),
-            positions=positions.to(device),
+            loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])).to(device),
+            positions=_positions(samples).to(device),
             dropout_key=f"{self._seed}.{step}.{place.index}",
-            allowed=None if allowed is None else allowed.to(device),
+            documents=PackedDocuments.of(lengths, device) if len(lengths) > len(samples) else None,
         )
 
-    def _checked(self, ids: np.ndarray, sample: int) -> np.ndarray:
+    def _read(self, number: int) -> Sample:
+        sample = self.dataset.sample(number)
+        self._check(sample.tokens, number)
+        return sample
+
+    def _check(self, ids: npt.NDArray[np.integer], number: int) -> None:
         low, high = ids.min(), ids.max()
         if low < 0 or high >= self._vocab_size:
             raise DataError(
-                f"{self.dataset.source(sample)}.bin holds the id {high if high >= self._vocab_size else low}: "
+                f"{self.dataset.source(number)}.bin holds the id {high if high >= self._vocab_size else low}: "
                 f"model.vocab_size is {self._vocab_size}. Tokenize with this model's tokenizer."
             )
-        return ids
 
 
-def isolation(documents: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions and attention for packed documents that do not see each other.
+def _filler(length: int) -> Sample:
+    """A row that no loss is taken of."""
+    return Sample(np.zeros(length + 1, dtype=np.int64), np.zeros(length, dtype=np.float32), (length,))
 
-    Args:
-        documents: ``[batch, seq]``, a number for each document, rising along a row.
 
-    Returns:
-        Positions that restart with each document, ``[batch, seq]``, and the keys that each query may see,
-        ``[batch, 1, seq, seq]`` bool.
-    """
-    length = documents.shape[1]
-    places = torch.arange(length).expand_as(documents)
-    is_start = torch.ones_like(documents, dtype=torch.bool)
-    is_start[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    starts = (places * is_start).cummax(dim=1).values
-    same = documents.unsqueeze(2) == documents.unsqueeze(1)
-    return places - starts, same.tril().unsqueeze(1)
+def _positions(samples: Sequence[Sample]) -> Tensor:
+    """``[batch, seq]``, from 0 in every document."""
+    return torch.stack([torch.cat([torch.arange(n) for n in sample.document_lengths]) for sample in samples])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_med.config.schema import DataSource
+from megatron_med.config.schema import DataConfig, DataSource
 from megatron_med.data.blend import BlendedDataset
 from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.indexed import IndexedDataset
@@ -106,7 +106,7 @@ def find_tokenizer(sources: Sequence[DataSource], override: str | None, vocab_si
 
 
 def open_corpora(
-    sources: Sequence[DataSource], sequence_length: int, seed: int, vocab_size: int, cache: Path
+    sources: Sequence[DataSource], data: DataConfig, seed: int, vocab_size: int, cache: Path
 ) -> list[PackedDataset]:
     """Opens and checks every corpus.
 
@@ -116,10 +116,10 @@ def open_corpora(
     corpora, faults = [], []
     for source in sources:
         try:
-            data = IndexedDataset(source.path)
+            tokens = IndexedDataset(source.path)
             side = read_side_file(source.path)
-            data.check_vocabulary(side["tokenizer"]["vocab_size"] if side else vocab_size)
-            corpora.append(PackedDataset(data, sequence_length, seed, cache))
+            tokens.check_vocabulary(side["tokenizer"]["vocab_size"] if side else vocab_size)
+            corpora.append(PackedDataset(tokens, data.sequence_length, seed, cache, data.isolate_documents))
         except DataError as error:
             faults += error.faults
     if faults:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend
+from torch.nn.attention.varlen import varlen_attn
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), in fp32 for half precisions."""
     if x.dtype == torch.float32:
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    x_fp32 = x.float()
+    normed = x_fp32 * torch.rsqrt(x_fp32.square().mean(-1, keepdim=True) + eps)
     return weight * normed.to(x.dtype)
 
 
@@ -66,23 +70,42 @@ def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
+@dataclass(frozen=True)
+class PackedDocuments:
+    """Documents that do not see each other, row after row of a batch.
+
+    Attributes:
+        lengths: tokens of each; they add up to batch x seq.
+        cu_seqlens: ``[documents + 1]`` int32, their cumulative sum from 0, on the device.
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> PackedDocuments:
+        """From the lengths alone."""
+        borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        return cls(tuple(lengths), borders.to(device))
+
+
 def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     *,
     causal: bool,
-    allowed: Tensor | None = None,
+    documents: PackedDocuments | None = None,
     dropout: float = 0.0,
     seed: int | None = None,
 ) -> Tensor:
-    """softmax(q k^T / sqrt(head_dim)) v through ``scaled_dot_product_attention``.
+    """softmax(q k^T / sqrt(head_dim)) v, over each row of the batch or over each of its documents.
 
     Args:
         query: ``[seq, batch, heads, head_dim]``.
         key, value: ``[keys, batch, groups, head_dim]``; each group serves heads / groups query heads.
         causal: a query sees keys up to its own position; False: all of them.
-        allowed: ``[batch, 1, seq, keys]`` bool, the keys that each query sees; it replaces ``causal``.
+        documents: a query sees keys of its own document only; then ``causal`` holds.
         dropout: probability of dropping an attention weight.
         seed: seeds the mask. The operation has no generator argument, so the device's own is seeded; nothing
             else draws from that one.
@@ -90,31 +113,51 @@ def attention(
     Returns:
         ``[seq, batch, heads * head_dim]``.
     """
-    q, k, v = _heads_first(query, key, value)
     if dropout and seed is not None:
         torch.manual_seed(seed)
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=allowed,
-        is_causal=causal and allowed is None,
-        dropout_p=dropout,
-        enable_gqa=query.shape[2] != key.shape[2],
-    )
-    return out.permute(2, 0, 1, 3).flatten(2)
+    if documents is None:
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [batch, heads, seq, head_dim]
+        return _scaled_dot_product(q, k, v, causal, dropout).permute(2, 0, 1, 3).flatten(2)
+    assert causal, "documents are kept apart in training only"
+    seq, batch = query.shape[:2]
+    q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))  # [batch * seq, heads, head_dim]
+    if query.is_cuda and query.dtype != torch.float32 and not dropout:
+        out = _varlen(q, k, v, documents)
+    else:
+        out = _document_by_document(q, k, v, documents, dropout)
+    return out.view(batch, seq, -1).transpose(0, 1)
 
 
-def attention_is_fused(
-    query: Tensor, key: Tensor, value: Tensor, *, allowed: Tensor | None = None, dropout: float = 0.0
-) -> bool:
-    """Whether ``attention`` runs a kernel that never stores its ``[heads, seq, keys]`` probabilities."""
-    q, k, v = _heads_first(query, key, value)
+def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments) -> Tensor:
+    """One FlashAttention call over all documents; the window (-1, 0) is causal."""
+    longest, borders = max(documents.lengths), documents.cu_seqlens
+    grouped = query.shape[1] != key.shape[1]
+    out = varlen_attn(query, key, value, borders, borders, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    assert isinstance(out, Tensor), "no auxiliary outputs were asked for"
+    return out
+
+
+def _document_by_document(
+    query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments, dropout: float
+) -> Tensor:
+    """One call a document. Cut by one split and joined by one cat: the backward pass of a slice would write a whole
+    tensor for every document."""
+    split = (tensor.split(documents.lengths) for tensor in (query, key, value))
+    outs = []
+    for one in zip(*split, strict=True):  # [length, heads, head_dim] each
+        q, k, v = (tensor.transpose(0, 1).unsqueeze(0) for tensor in one)
+        outs.append(_scaled_dot_product(q, k, v, True, dropout).squeeze(0).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, causal: bool, dropout: float) -> Tensor:
+    """``[batch, heads, seq, head_dim]``, keys and values of the groups."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=causal, dropout_p=dropout, enable_gqa=grouped)
+
+
+def attention_is_fused(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> bool:
+    """Whether causal ``attention`` runs a kernel that never stores its ``[heads, seq, keys]`` probabilities."""
+    q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
     grouped = query.shape[2] != key.shape[2]
-    choice = torch._fused_sdp_choice(q, k, v, allowed, dropout, allowed is None, enable_gqa=grouped)
-    return choice != SDPBackend.MATH.value
-
-
-def _heads_first(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """``[seq, batch, heads, head_dim]`` -> ``[batch, heads, seq, head_dim]``."""
-    return tuple(tensor.permute(1, 2, 0, 3) for tensor in tensors)
+    return torch._fused_sdp_choice(q, k, v, None, dropout, True, enable_gqa=grouped) != SDPBackend.MATH.value

@@ -104,11 +104,11 @@ class Attention(nn.Module):
         core = partial(
             kernels.attention,
             causal=query.shape[0] > 1,
-            allowed=batch.allowed,
+            documents=batch.documents,
             dropout=probability,
             seed=self.dropout.seed(batch.dropout_key) if probability else None,
         )
         again = self.training and self.recompute.attention_core
-        if again and not kernels.attention_is_fused(query, key, value, allowed=batch.allowed, dropout=probability):
+        if again and not kernels.attention_is_fused(query, key, value, dropout=probability):
             return recomputed(core, query, key, value)
         return core(query, key, value)

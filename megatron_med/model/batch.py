@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_med.kernels.functional import PackedDocuments
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -17,8 +19,7 @@ class MicroBatch:
         loss_mask: ``[batch, seq]`` fp32, 1 where the loss counts.
         positions: ``[batch, seq]`` int64; they restart with each document where documents are kept apart.
         dropout_key: names this micro-batch for the dropout masks: seed, step and global index.
-        allowed: ``[batch, 1, seq, seq]`` bool, keys that a query may see where documents are kept apart; None:
-            all up to its own position.
+        documents: borders of the documents that do not see each other; None: each row is one.
     """
 
     tokens: Tensor
@@ -26,4 +27,4 @@ class MicroBatch:
     loss_mask: Tensor
     positions: Tensor
     dropout_key: str = ""
-    allowed: Tensor | None = None
+    documents: PackedDocuments | None = None

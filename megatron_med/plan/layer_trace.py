@@ -47,7 +47,6 @@ class LayerShape:
     precision: str
     sequence_length: int
     micro_batch_size: int
-    isolate_documents: bool
     main_gradients: bool
     splits_backward: bool
     recompute: Recompute
@@ -103,7 +102,6 @@ def shape_of(config: Config) -> LayerShape:
         precision=config.precision,
         sequence_length=config.data.sequence_length,
         micro_batch_size=config.train.micro_batch_size,
-        isolate_documents=config.data.isolate_documents,
         main_gradients=parallel.sharding != "full",
         splits_backward=parallel.schedule == "zero_bubble",
         recompute=Recompute(config.recompute, config.recompute_interval),
@@ -254,12 +252,10 @@ def _take_gradients(stage: Transformer, context: ParallelContext, main_gradients
 
 
 def _batch(shape: LayerShape) -> MicroBatch:
+    """Rows of one document: documents that are kept apart cost at most as much."""
     size = shape.micro_batch_size, shape.sequence_length
     tokens = torch.zeros(size, dtype=torch.int64)
-    allowed = None
-    if shape.isolate_documents:
-        allowed = torch.ones(size[0], 1, size[1], size[1], dtype=torch.bool)
-    return MicroBatch(tokens, tokens, torch.ones(size), tokens, "plan", allowed)
+    return MicroBatch(tokens, tokens, torch.ones(size), tokens, "plan")
 
 
 def _record(stage: Transformer, batch: MicroBatch, recorder: Recorder, shape: LayerShape) -> LayerTrace:

@@ -79,10 +79,9 @@ def _peak_memory(stage: StageModel, messages: Mapping[Action, int]) -> Memory:
             waiting = (messages[action] + received_ahead) * stage.hidden_bytes
         if here + waiting > activations + sent:
             activations, sent = here, waiting
-    # All micro-batches of a step are on the device; kept apart, each sample has its mask of all pairs of tokens.
+    # All micro-batches of a step are on the device.
     samples = stage.micro_batches * config.train.micro_batch_size
-    length = config.data.sequence_length
-    batch = samples * length * (BATCH_BYTES + (length if config.data.isolate_documents else 0))
+    batch = samples * config.data.sequence_length * BATCH_BYTES
     if config.parallel.sharding == "full":
         others = sent + _gathered_layers(stage, activations)
     else:

@@ -33,6 +33,7 @@ from megatron_med.config import Config, load_config
 from megatron_med.data.cache import cache_folder
 from megatron_med.data.indexed import token_paths
 from megatron_med.data.loader import SampleStream
+from megatron_med.data.sample import Sample, without_borders
 from megatron_med.data.sources import blend, find_tokenizer, open_corpora
 from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserError
 from megatron_med.launch.fake import start_fake_process_group
@@ -154,9 +155,9 @@ class _SyntheticStream:
     def __len__(self) -> int:
         return self.samples
 
-    def pieces(self, index: int) -> list[np.ndarray]:
+    def sample(self, index: int) -> Sample:
         assert index < self.samples, f"sample {index} of a stream of {self.samples}"
-        return [np.zeros(self.sequence_length + 1, dtype=np.int64)]
+        return without_borders(np.zeros(self.sequence_length + 1, dtype=np.int64))
 
     def source(self, index: int) -> Path:
         return Path("synthetic")
@@ -175,7 +176,7 @@ def _open_data(config: Config) -> tuple[SampleStream, Tokenizer | None, list[str
         override = None
     tokenizer = find_tokenizer(present, override, config.model.vocab_size)
     cache = cache_folder(data.cache_dir)
-    corpora = open_corpora(present, data.sequence_length, train.seed, config.model.vocab_size, cache)
+    corpora = open_corpora(present, data, train.seed, config.model.vocab_size, cache)
     samples = max(STEPS, train.steps) * train.global_batch_size
     if any(source in missing for source in data.train):
         tokens = samples * data.sequence_length

@@ -92,7 +92,7 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     model, data, train = config.model, config.data, config.train
     cache = cache_folder(data.cache_dir)
     tokenizer = find_tokenizer([*data.train, *data.valid], data.tokenizer, model.vocab_size)
-    corpora = open_corpora(data.train, data.sequence_length, train.seed, model.vocab_size, cache)
+    corpora = open_corpora(data.train, data, train.seed, model.vocab_size, cache)
     identity = _identity(config, corpora)
     _on_first_rank(context, lambda: folder.check_identity(identity))
 
@@ -179,7 +179,6 @@ def make_loader(config: Config, context: ParallelContext, dataset: Any) -> Batch
         micro_batch_size=config.train.micro_batch_size,
         vocab_size=config.model.vocab_size,
         seed=config.train.seed,
-        isolate_documents=config.data.isolate_documents,
     )
 
 
@@ -187,8 +186,8 @@ def _validation_data(config: Config, context: ParallelContext, cache: Path) -> B
     """The fixed validation samples: ``train.valid_samples``, or fewer where a corpus would repeat."""
     if not config.train.valid_interval:
         return None
-    sources, length = config.data.valid, config.data.sequence_length
-    corpora = open_corpora(sources, length, config.train.seed, config.model.vocab_size, cache)
+    sources = config.data.valid
+    corpora = open_corpora(sources, config.data, config.train.seed, config.model.vocab_size, cache)
     samples = max(1, min(config.train.valid_samples, one_pass(corpora, sources)))
     return make_loader(config, context, blend(corpora, sources, samples, cache))
 

@@ -180,7 +180,7 @@ def test_first_epoch_equals_megatron_cores_gpt_dataset(megatron: Path, tmp_path:
     ours = PackedDataset(IndexedDataset(megatron), length, SEED, tmp_path / "ours")
     assert len(theirs) == ours.samples_per_epoch
     for number in range(len(theirs)):
-        sample = ours.sample(number)
+        sample = ours.sample(number).tokens
         np.testing.assert_array_equal(theirs[number]["tokens"].numpy(), sample[:-1])
         np.testing.assert_array_equal(theirs[number]["labels"].numpy(), sample[1:])
 
@@ -201,17 +201,17 @@ def test_first_epoch_equals_an_independent_implementation(megatron: Path, tmp_pa
     ours = PackedDataset(data, length, SEED, tmp_path)
     assert ours.samples_per_epoch == samples
     for number, cut in enumerate(shuffle.tolist()):
-        np.testing.assert_array_equal(ours.sample(number), stream[cut * length : (cut + 1) * length + 1])
+        np.testing.assert_array_equal(ours.sample(number).tokens, stream[cut * length : (cut + 1) * length + 1])
 
 
 def test_epochs_differ_and_each_is_complete(small: Path, tmp_path: Path) -> None:
     data = PackedDataset(IndexedDataset(small), 8, 3, tmp_path / "cache")
     count = data.samples_per_epoch
     assert count == (124 - 1) // 8
-    epochs = [[tuple(data.sample(epoch * count + i).tolist()) for i in range(count)] for epoch in range(3)]
+    epochs = [[tuple(data.sample(epoch * count + i).tokens.tolist()) for i in range(count)] for epoch in range(3)]
     assert len({tuple(epoch) for epoch in epochs}) == 3
     again = PackedDataset(IndexedDataset(small), 8, 3, tmp_path / "other")
-    assert [tuple(again.sample(2 * count + i).tolist()) for i in range(count)] == epochs[2]
+    assert [tuple(again.sample(2 * count + i).tokens.tolist()) for i in range(count)] == epochs[2]
 
 
 def test_corpus_shorter_than_a_sample_is_refused(small: Path, tmp_path: Path) -> None:
@@ -261,9 +261,9 @@ def test_blend_draws_each_corpus_in_its_own_order(small: Path, tmp_path: Path) -
     seen: list[list[tuple[int, ...]]] = [[], []]
     for number in range(40):
         corpus, _ = stream.locate(number)
-        seen[corpus].append(tuple(stream.sample(number).tolist()))
+        seen[corpus].append(tuple(stream.sample(number).tokens.tolist()))
     for corpus, samples in zip(corpora, seen, strict=True):
-        assert samples == [tuple(corpus.sample(i).tolist()) for i in range(len(samples))]
+        assert samples == [tuple(corpus.sample(i).tokens.tolist()) for i in range(len(samples))]
     assert (len(seen[0]), len(seen[1])) == (30, 10)
 
 

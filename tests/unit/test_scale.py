@@ -113,7 +113,7 @@ def test_epochs_of_a_small_set_beside_one_of_a_large(corpora: list[PackedDataset
     stream = BlendedDataset(corpora, weights, samples, tmp_path / "cache")
     seen: list[list[tuple[int, ...]]] = [[], []]
     for number in range(samples):
-        seen[stream.locate(number)[0]].append(tuple(stream.sample(number).tolist()))
+        seen[stream.locate(number)[0]].append(tuple(stream.sample(number).tokens.tolist()))
     count = small.samples_per_epoch
     assert len(seen[0]) == epochs * count
     covers = []
@@ -128,7 +128,7 @@ def test_epochs_of_a_small_set_beside_one_of_a_large(corpora: list[PackedDataset
 
 def test_content_and_order_are_equal_at_any_data_parallel_size(corpora: list[PackedDataset], tmp_path: Path) -> None:
     stream = BlendedDataset(corpora, [1.0, 5.0], 96, tmp_path / "cache")
-    wanted = np.stack([stream.sample(number)[:-1] for number in range(96)])
+    wanted = np.stack([stream.sample(number).tokens[:-1] for number in range(96)])
     for size in (1, 2, 4, 8):
         steps = []
         for step in range(4):
@@ -169,7 +169,7 @@ def test_a_changed_file_is_noticed_on_a_warm_start(tmp_path: Path) -> None:
             writer.add_document(np.full(100 * value, value))
         data = PackedDataset(IndexedDataset(tmp_path / "c"), 10, 1, tmp_path / "cache")
         assert data.samples_per_epoch == (100 * value - 1) // 10
-        assert data.sample(0).tolist() == [value] * 11
+        assert data.sample(0).tokens.tolist() == [value] * 11
 
 
 def test_the_next_item_is_read_ahead_in_order() -> None:
