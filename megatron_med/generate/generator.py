@@ -14,7 +14,7 @@ from megatron_med.config import ParallelConfig, model_from_dict
 from megatron_med.config.validate import cut_faults
 from megatron_med.errors import CheckpointError, ConfigError
 from megatron_med.generate.sampling import Sampling, next_token
-from megatron_med.model.batch import MicroBatch
+from megatron_med.model.batch import plain_batch
 from megatron_med.model.build import build_stage
 from megatron_med.model.cache import KeyValueCache
 from megatron_med.parallel.collectives import broadcast, gather_last_dim
@@ -91,8 +91,7 @@ class Generator:
     @torch.no_grad()
     def logits(self, tokens: Tensor, position: int = 0, cache: KeyValueCache | None = None) -> Tensor | None:
         """fp32 logits ``[seq, batch, vocabulary]`` of ``[batch, seq]`` tokens; None but on the last stage."""
-        positions = torch.arange(position, position + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        batch = MicroBatch(tokens, tokens, torch.ones_like(tokens, dtype=torch.float32), positions)
+        batch = plain_batch(tokens, first=position)
         context = self._context
         received = None
         if not context.pp.is_first:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from megatron_med.kernels.functional import PackedDocuments
@@ -28,3 +29,17 @@ class MicroBatch:
     positions: Tensor
     dropout_key: str = ""
     documents: PackedDocuments | None = None
+
+
+def plain_batch(tokens: Tensor, labels: Tensor | None = None, first: int = 0, dropout_key: str = "") -> MicroBatch:
+    """Rows of one document each, every label counting.
+
+    Args:
+        tokens: ``[batch, seq]``.
+        labels: of the same shape; None where nobody asks for the loss.
+        first: position of the first tokens.
+        dropout_key: names the dropout masks.
+    """
+    positions = torch.arange(first, first + tokens.shape[1], device=tokens.device).expand_as(tokens)
+    mask = torch.ones_like(tokens, dtype=torch.float32)
+    return MicroBatch(tokens, tokens if labels is None else labels, mask, positions, dropout_key)

@@ -21,7 +21,7 @@ from megatron_med.config import Config, ModelConfig
 from megatron_med.config.layers import Chunk
 from megatron_med.config.schema import OverlapConfig
 from megatron_med.launch.fake import start_fake_process_group
-from megatron_med.model.batch import MicroBatch
+from megatron_med.model.batch import MicroBatch, plain_batch
 from megatron_med.model.build import DTYPES, FAMILIES
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
@@ -253,9 +253,8 @@ def _take_gradients(stage: Transformer, context: ParallelContext, main_gradients
 
 def _batch(shape: LayerShape) -> MicroBatch:
     """Rows of one document: documents that are kept apart cost at most as much."""
-    size = shape.micro_batch_size, shape.sequence_length
-    tokens = torch.zeros(size, dtype=torch.int64)
-    return MicroBatch(tokens, tokens, torch.ones(size), tokens, "plan")
+    tokens = torch.zeros(shape.micro_batch_size, shape.sequence_length, dtype=torch.int64)
+    return plain_batch(tokens, dropout_key="plan")
 
 
 def _record(stage: Transformer, batch: MicroBatch, recorder: Recorder, shape: LayerShape) -> LayerTrace:

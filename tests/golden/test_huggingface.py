@@ -20,7 +20,7 @@ from megatron_med.checkpoint.huggingface.verify import our_logits
 from megatron_med.checkpoint.load import load_weights
 from megatron_med.config import ParallelConfig, model_from_dict
 from megatron_med.errors import CheckpointError, TargetExistsError
-from megatron_med.model.batch import MicroBatch
+from megatron_med.model.batch import plain_batch
 from megatron_med.model.build import build_stage
 from megatron_med.model.flops import parameter_count
 from megatron_med.parallel.collectives import gather_last_dim
@@ -130,9 +130,8 @@ def _logits_on_rank(step: Path, ids: torch.Tensor, tensor: int) -> np.ndarray:
     config = model_from_dict(read_state(step).model)
     stage = build_stage(config, context, torch.float32).eval()
     load_weights(step, stage, context)
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
     with torch.no_grad():
-        logits = stage(None, MicroBatch(ids, ids, torch.ones(ids.shape), positions))
+        logits = stage(None, plain_batch(ids))
     return gather_last_dim(logits, context.tp)[..., : config.vocab_size].transpose(0, 1).numpy()
 
 

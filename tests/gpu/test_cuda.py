@@ -7,8 +7,9 @@ import torch
 
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import Config, DataConfig, ModelConfig, TrainConfig
-from megatron_med.kernels import linear as products
-from megatron_med.model.batch import MicroBatch
+from megatron_med.kernels.functional import PackedDocuments, attention
+from megatron_med.kernels.linear import DenseLinear
+from megatron_med.model.batch import plain_batch
 from megatron_med.parallel.context import single_process_context
 from megatron_med.train.setup import build_train_module
 from megatron_med.train.step import train_step
@@ -25,8 +26,23 @@ def test_weight_gradients_are_summed_into_fp32_by_the_product(dtype: torch.dtype
     x = torch.randn(128, 2, 32, device="cuda", dtype=dtype)
     total = torch.full(shape, 4096.0, device="cuda")
     expected = total.double() + (gradient.double().flatten(0, 1).T @ x.double().flatten(0, 1)).view(shape)
-    products.accumulate_weight_gradient(gradient, x, total)
+    DenseLinear().weight_grad(x, (), gradient, out=total)
     torch.testing.assert_close(total.double(), expected, rtol=1e-6, atol=1e-3)  # bf16 sums would be off by 16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_over_documents_in_one_call_equals_one_call_a_document(dtype: torch.dtype) -> None:
+    """Output and gradients of two rows, with grouped queries, against the CPU's way in fp32."""
+    lengths = [50, 1, 77, 128]
+    shapes = [(128, 2, heads, 64) for heads in (8, 2, 2)]
+    half = [torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() for shape in shapes]
+    full = [tensor.detach().float().cpu().requires_grad_() for tensor in half]
+    results = []
+    for inputs in (half, full):
+        out = attention(*inputs, causal=True, documents=PackedDocuments.of(lengths, inputs[0].device))
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours.float().cpu(), expected, rtol=2e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -51,6 +67,5 @@ def test_a_gpu_trains_like_a_cpu(precision: str) -> None:
 
 def _step(train_module: object, device: str) -> float:
     ids = (torch.arange(4 * 65).view(4, 65) * 7 % 256).to(device)
-    positions = torch.arange(64, device=device).expand(4, -1)
-    batch = MicroBatch(ids[:, :-1], ids[:, 1:], torch.ones(4, 64, device=device), positions)
+    batch = plain_batch(ids[:, :-1], ids[:, 1:])
     return train_step(train_module, [batch], 1e-3, False, StepTimer(torch.device(device))).loss  # type: ignore[arg-type]

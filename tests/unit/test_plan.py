@@ -24,7 +24,7 @@ from megatron_med.config.schema import (
     TrainConfig,
 )
 from megatron_med.errors import ConfigError
-from megatron_med.model.batch import MicroBatch
+from megatron_med.model.batch import plain_batch
 from megatron_med.model.build import build_stage
 from megatron_med.parallel.context import single_process_context
 from megatron_med.parallel.pipeline_parallel.schedule import GENERATORS, Forward
@@ -299,7 +299,7 @@ def _train_a_little() -> None:
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     tokens = torch.zeros(4, 128, dtype=torch.int64)
-    batch = MicroBatch(tokens, tokens, torch.ones(4, 128), torch.arange(128).expand(4, -1), "test")
+    batch = plain_batch(tokens)
     for _ in range(2):
         model.loss(model(None, batch), batch).backward()
 

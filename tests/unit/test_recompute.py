@@ -9,7 +9,7 @@ import torch
 
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import ModelConfig, ParallelConfig
-from megatron_med.model.batch import MicroBatch
+from megatron_med.model.batch import plain_batch
 from megatron_med.model.build import build_chunks
 from megatron_med.model.recompute import Recompute
 from megatron_med.parallel.context import single_process_context
@@ -29,8 +29,7 @@ def _run(family: str, recompute: Recompute, dropout: float) -> tuple[int, dict[s
     initialise(chunk, context, seed=1)
     chunk.train()
     tokens = torch.arange(SEQ * BATCH).view(BATCH, SEQ) % 256
-    positions = torch.arange(SEQ).expand(BATCH, -1)
-    batch = MicroBatch(tokens, tokens, torch.ones(BATCH, SEQ), positions, dropout_key="1.2.3")
+    batch = plain_batch(tokens, dropout_key="1.2.3")
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:

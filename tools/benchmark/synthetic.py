@@ -9,7 +9,7 @@ import torch
 
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import Config, DataConfig, ModelConfig, ParallelConfig, TrainConfig
-from megatron_med.model.batch import MicroBatch
+from megatron_med.model.batch import plain_batch
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.train.setup import build_train_module
 from megatron_med.train.step import TrainModule, train_step
@@ -38,19 +38,12 @@ def random_ids(config: Config, device: torch.device, seed: int = 0) -> torch.Ten
     return torch.randint(config.model.vocab_size, shape, generator=generator).to(device)
 
 
-def make_batch(ids: torch.Tensor) -> MicroBatch:
-    """A micro-batch whose every token counts."""
-    inputs = ids[:, :-1]
-    positions = torch.arange(inputs.shape[1], device=ids.device).expand_as(inputs)
-    return MicroBatch(inputs, ids[:, 1:], torch.ones_like(inputs, dtype=torch.float32), positions)
-
-
 def make_step(
     config: Config, context: ParallelContext, ids: torch.Tensor, micro_batches: int = 1
 ) -> tuple[TrainModule, Callable[[], object]]:
     """The train_module of a run, and one training step of it."""
     train_module = build_train_module(config, context)
-    batches = [make_batch(ids)] * micro_batches
+    batches = [plain_batch(ids[:, :-1], ids[:, 1:])] * micro_batches
     return train_module, lambda: train_step(train_module, batches, 1e-4, False, StepTimer(context.device))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_med.checkpoint.load import load_weights
 from megatron_med.config import ModelConfig
 from megatron_med.errors import CheckpointError
-from megatron_med.model.batch import MicroBatch
+from megatron_med.model.batch import plain_batch
 from megatron_med.model.build import build_stage
 from megatron_med.parallel.context import single_process_context
 from megatron_med.parallel.random import generator_of
@@ -80,9 +80,7 @@ def our_logits(checkpoint: Path, config: ModelConfig, ids: Tensor, rounded: torc
     load_weights(checkpoint, stage, context)
     for parameter in stage.parameters():
         parameter.copy_(parameter.to(rounded))
-    positions = torch.arange(ids.shape[1]).expand_as(ids)
-    batch = MicroBatch(tokens=ids, labels=ids, loss_mask=torch.ones(ids.shape), positions=positions)
-    logits = stage.eval()(None, batch)
+    logits = stage.eval()(None, plain_batch(ids))
     return logits.transpose(0, 1)[..., : config.vocab_size].float()
 
 
