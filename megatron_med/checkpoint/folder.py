@@ -39,6 +39,8 @@ class CheckpointState:
         optimizer_steps: updates done; None where the checkpoint holds weights only.
         initial_lr: peak learning rate that the run began with (decoupled_adamw divides by it).
         loss_scaler: state of the fp16 loss scale.
+        frozen: parameters without moments, since they were not trained.
+        moments_since: parameter -> updates done when its moments began, where it was frozen before.
         run: settings of the run, for information.
     """
 
@@ -49,6 +51,8 @@ class CheckpointState:
     optimizer_steps: int | None = None
     initial_lr: float | None = None
     loss_scaler: dict[str, float] | None = None
+    frozen: list[str] = field(default_factory=list)
+    moments_since: dict[str, int] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     version: int = 1
 

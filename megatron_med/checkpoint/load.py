@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.checkpoint.storage import Reader, load_entries
-from megatron_med.checkpoint.views import optimizer_slices, optimizer_views, weight_views
+from megatron_med.checkpoint.views import moment_name, state_slices, state_views, weight_views
 from megatron_med.config import ModelConfig
 from megatron_med.errors import CheckpointError
-from megatron_med.optim.optimizer import Optimizer
+from megatron_med.optim.optimizer import MOMENTS, Optimizer
 from megatron_med.parallel.collectives import gather_objects
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.tokenizer import describe_difference
@@ -52,9 +53,23 @@ def verify_checkpoint(folder: Path, context: ParallelContext) -> None:
         raise folders.damage_error(folder, found)
 
 
-def load_optimizer(folder: Path, optimizer: Optimizer, context: ParallelContext, *, moments: bool) -> None:
-    """Fills masters, and moments where asked, of any topology; the caller publishes them to the model."""
-    _load(optimizer_views(optimizer_slices(optimizer, moments), optimizer, context), folder)
+def load_optimizer(
+    folder: Path, optimizer: Optimizer, context: ParallelContext, *, moments: bool, without: Collection[str] = ()
+) -> None:
+    """Fills masters and frozen weights, and moments where asked, of any topology; the caller copies the masters into
+    the model.
+
+    Args:
+        folder: of one step.
+        optimizer, context: of this run.
+        moments: whether to load them, too.
+        without: parameters whose moments are not there, since they were frozen.
+    """
+    slices = state_slices(optimizer, moments)
+    for name in without:
+        for moment in MOMENTS:
+            slices.pop(moment_name(moment, name), None)
+    _load(state_views(slices, optimizer, context), folder)
 
 
 def load_weights(folder: Path, module: nn.Module, context: ParallelContext) -> None:

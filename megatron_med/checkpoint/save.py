@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.folder import CheckpointState
-from megatron_med.checkpoint.views import optimizer_slices, optimizer_views
+from megatron_med.checkpoint.views import state_slices, state_views
 from megatron_med.errors import CheckpointError
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.collectives import gather_objects
@@ -36,7 +36,7 @@ def save_checkpoint(
 
     Args:
         target: ``RUN/checkpoints/step-...``.
-        optimizer: masters and moments.
+        optimizer: masters and moments, and the frozen weights.
         context: the grid.
         state: what ``state.json`` says.
         tokenizer: its files are copied beside the weights.
@@ -44,7 +44,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written, e.g. the disk is full; earlier checkpoints are untouched.
     """
-    entries = optimizer_views(optimizer_slices(optimizer), optimizer, context)
+    entries = state_views(state_slices(optimizer), optimizer, context)
     _write(target, entries, context.world, state, tokenizer)
 
 
@@ -83,11 +83,12 @@ class CheckpointSaver:
     ) -> None:
         """Copies the state, and begins to write it once the save before is done; see ``save_checkpoint``."""
         self.wait()
-        slices = optimizer_slices(optimizer)
+        slices = state_slices(optimizer)
         if not self._asynchronous:
             self._write(target, slices, optimizer, state, tokenizer)
             return
-        arguments = target, self._stage(slices), optimizer, state, tokenizer
+        frozen = {item.layout.name for item in optimizer.frozen}
+        arguments = target, self._stage(slices, frozen), optimizer, state, tokenizer
         self._thread = threading.Thread(target=self._write_and_remember, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -104,9 +105,13 @@ class CheckpointSaver:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _stage(self, slices: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in host memory, pinned where the tensors are on a GPU. The buffers serve every save."""
+    def _stage(self, slices: dict[str, Tensor], frozen: set[str]) -> dict[str, Tensor]:
+        """Copies in host memory, pinned where the tensors are on a GPU. The buffers serve every save. Frozen weights
+        never change, so they are written from where they lie."""
+        staged = {name: tensor for name, tensor in slices.items() if name in frozen}
         for name, tensor in slices.items():
+            if name in frozen:
+                continue
             buffer = self._staged.get(name)
             if buffer is None:
                 buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
@@ -114,7 +119,7 @@ class CheckpointSaver:
             buffer.copy_(tensor, non_blocking=True)
         if self._context.device.type == "cuda":
             torch.cuda.current_stream().synchronize()
-        return self._staged
+        return self._staged | staged
 
     def _write_and_remember(self, *arguments: Any) -> None:
         try:
@@ -130,7 +135,7 @@ class CheckpointSaver:
         state: CheckpointState,
         tokenizer: Tokenizer | None,
     ) -> None:
-        _write(target, optimizer_views(slices, optimizer, self._context), self._world, state, tokenizer)
+        _write(target, state_views(slices, optimizer, self._context), self._world, state, tokenizer)
         if self._world.is_first:
             self._on_commit(target)
 

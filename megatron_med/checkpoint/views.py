@@ -49,30 +49,32 @@ def weight_views(module: nn.Module, context: ParallelContext) -> dict[str, Tenso
     return {layout.name: views.of_piece(parameter, layout) for layout, parameter in parameters_with_layout(module)}
 
 
-def optimizer_slices(optimizer: Optimizer, moments: bool = True) -> dict[str, Tensor]:
-    """fp32 master weights by canonical name, and AdamW's moments as ``optimizer.<moment>.<name>``: this rank's slices.
+def state_slices(optimizer: Optimizer, moments: bool = True) -> dict[str, Tensor]:
+    """This rank's part of all that training needs, by name: fp32 master weights and frozen weights by canonical name,
+    AdamW's moments as ``optimizer.<moment>.<name>``. Memory is shared, never copied.
 
     Empty slices (a dimension shorter than the ranks) are left out.
     """
-    slices: dict[str, Tensor] = {}
+    slices = {item.layout.name: item.weight for item in optimizer.frozen if item.weight.numel()}
     for item in optimizer.owned:
         if item.master.numel() == 0:
             continue
         slices[item.layout.name] = item.master.detach()
         for moment in MOMENTS if moments else ():
-            slices[f"optimizer.{moment}.{item.layout.name}"] = optimizer.moment(item, moment)
+            slices[moment_name(moment, item.layout.name)] = optimizer.moment(item, moment)
     return slices
 
 
-def optimizer_views(slices: dict[str, Tensor], optimizer: Optimizer, context: ParallelContext) -> dict[str, Tensor]:
-    """``optimizer_slices``, or copies of them, as global tensors."""
-    device_types = {tensor.device.type for tensor in slices.values()} or {"cpu"}
-    (device_type,) = device_types
-    views = GlobalViews(context, device_type)
-    layouts = {item.layout.name: item.layout for item in optimizer.owned}
-    prefixes = tuple(f"optimizer.{moment}." for moment in MOMENTS)
-    entries = {}
-    for name, tensor in slices.items():
-        parameter = next((name.removeprefix(prefix) for prefix in prefixes if name.startswith(prefix)), name)
-        entries[name] = views.of_slice(tensor, layouts[parameter], optimizer.is_sharded)
-    return entries
+def moment_name(moment: str, parameter: str) -> str:
+    """Name of a moment's entry."""
+    return f"optimizer.{moment}.{parameter}"
+
+
+def state_views(slices: dict[str, Tensor], optimizer: Optimizer, context: ParallelContext) -> dict[str, Tensor]:
+    """``state_slices``, or copies of them, as global tensors."""
+    by_device = {tensor.device.type: GlobalViews(context, tensor.device.type) for tensor in slices.values()}
+    layouts = {item.layout.name: (item.layout, item.is_sharded) for item in optimizer.frozen}
+    for item in optimizer.owned:
+        names = [item.layout.name, *(moment_name(moment, item.layout.name) for moment in MOMENTS)]
+        layouts |= dict.fromkeys(names, (item.layout, optimizer.is_sharded))
+    return {name: by_device[tensor.device.type].of_slice(tensor, *layouts[name]) for name, tensor in slices.items()}

@@ -177,6 +177,9 @@ class ParameterGroupConfig:
     """Factor of the learning rate."""
     weight_decay: float | None = None
     """Instead of optimizer.weight_decay. null: as without the group."""
+    frozen: bool = False
+    """true: never changed. Such parameters have no gradients, master weights and moments; they are held and stored in
+    the run's precision."""
 
 
 @dataclass

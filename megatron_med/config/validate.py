@@ -270,6 +270,11 @@ def _numbers(config: Config) -> Iterator[str]:
                 f"optimizer.groups: {group.match} has lr_scale {group.lr_scale} and weight_decay "
                 f"{group.weight_decay}. The first must be above 0, the second at least 0 or null."
             )
+        if group.frozen and (group.lr_scale != 1 or group.weight_decay is not None):
+            yield (
+                f"optimizer.groups: {group.match} is frozen and has lr_scale {group.lr_scale} and weight_decay "
+                f"{group.weight_decay}: nothing is updated there. Leave them out, or frozen."
+            )
     if optimizer.name == "decoupled_adamw" and optimizer.lr == 0:
         yield "optimizer.lr is 0: decoupled_adamw divides by it. Set a learning rate above 0."
     if config.precision == "fp16" and not 0 < optimizer.min_loss_scale <= optimizer.initial_loss_scale:

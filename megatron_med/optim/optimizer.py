@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_med.config.schema import OptimizerConfig
+from megatron_med.optim.groups import group_of
 from megatron_med.parallel.collectives import all_reduce
 from megatron_med.parallel.context import ParallelContext
-from megatron_med.parallel.data_parallel.base import DataParallel, ParameterShard
+from megatron_med.parallel.data_parallel.base import DataParallel, FrozenShard, ParameterShard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state tensors, each shaped like the slice."""
@@ -30,6 +31,9 @@ class Optimizer:
 
     Attributes:
         initial_lr: the peak learning rate that the run began with; a resumed run keeps it.
+        steps: updates done so far; skipped steps do not count.
+        moments_since: parameter -> updates done when its moments began, where that was not at the start: it was
+            frozen before. Of all parameters of the model, equal on every rank.
     """
 
     def __init__(self, data_parallel: DataParallel, context: ParallelContext, config: OptimizerConfig) -> None:
@@ -37,54 +41,65 @@ class Optimizer:
         self._context = context
         self._config = config
         self.initial_lr = config.lr
+        self.steps = 0
+        self.moments_since: dict[str, int] = {}
         self._masters = {item.layout.name: torch.nn.Parameter(item.master) for item in data_parallel.owned}
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
         for item in data_parallel.owned:
             groups.setdefault(self._hyperparameters(item), []).append(self._masters[item.layout.name])
-        self._adamw = torch.optim.AdamW(
-            [{"params": group, "lr_scale": scale, "decay": decay} for (scale, decay), group in groups.items()],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
+        # A stage that is frozen as a whole has no parameters, which AdamW refuses.
+        self._adamw: torch.optim.AdamW | None = None
+        if groups:
+            self._adamw = torch.optim.AdamW(
+                [{"params": group, "lr_scale": scale, "decay": decay} for (scale, decay), group in groups.items()],
+                lr=config.lr,
+                betas=config.betas,
+                eps=config.eps,
+                fused=True,
+            )
         for master in self._masters.values():
-            state = self._adamw.state[master]
+            state = self._state(master)
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(master)
 
     def _hyperparameters(self, item: ParameterShard) -> tuple[float, float]:
-        """Factor of the learning rate, and weight decay: of the first group that matches."""
+        """Factor of the learning rate, and weight decay."""
         decay = self._config.weight_decay if item.layout.weight_decay else 0.0
-        for group in self._config.groups:
-            if fnmatchcase(item.layout.name, group.match):
-                return group.lr_scale, decay if group.weight_decay is None else group.weight_decay
-        return 1.0, decay
+        group = group_of(item.layout.name, self._config.groups)
+        if group is None:
+            return 1.0, decay
+        return group.lr_scale, decay if group.weight_decay is None else group.weight_decay
+
+    def _state(self, master: torch.nn.Parameter) -> dict[str, Tensor]:
+        assert self._adamw is not None, "there are masters"
+        return self._adamw.state[master]
 
     @property
     def owned(self) -> list[ParameterShard]:
         return self._data_parallel.owned
 
     @property
+    def frozen(self) -> list[FrozenShard]:
+        """Parameters that are not trained."""
+        return self._data_parallel.frozen
+
+    @property
     def is_sharded(self) -> bool:
         """Whether data-parallel ranks own different slices."""
         return self._data_parallel.is_sharded
 
-    @property
-    def steps(self) -> int:
-        """Updates done so far; skipped steps do not count."""
-        counts = [self._adamw.state[master]["step"] for master in self._masters.values()]
-        return int(torch.stack(counts).max().item()) if counts else 0
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        for master in self._masters.values():
-            self._adamw.state[master]["step"].fill_(value)
+    def resume(self, steps: int, moments_since: Mapping[str, int]) -> None:
+        """Goes on after ``steps`` updates; see ``moments_since``. The bias correction of each parameter counts the
+        updates since its own moments began."""
+        self.steps = steps
+        self.moments_since = dict(moments_since)
+        for name, master in self._masters.items():
+            self._state(master)["step"].fill_(steps - self.moments_since.get(name, 0))
 
     def moment(self, item: ParameterShard, name: str) -> Tensor:
         """One state tensor of a slice: ``exp_avg`` or ``exp_avg_sq``."""
-        return self._adamw.state[self._masters[item.layout.name]][name]
+        return self._state(self._masters[item.layout.name])[name]
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
@@ -105,6 +120,12 @@ class Optimizer:
             lr: learning rate.
             loss_scale: that the gradients carry.
         """
+        self.steps += 1
+        if self._adamw is not None:
+            self._update(self._adamw, norm, lr, loss_scale)
+        self._data_parallel.start_param_sync()
+
+    def _update(self, adamw: torch.optim.AdamW, norm: Tensor, lr: float, loss_scale: float) -> None:
         for item in self.owned:
             self._masters[item.layout.name].grad = item.gradient
         factor = torch.ones_like(norm) / loss_scale
@@ -112,11 +133,10 @@ class Optimizer:
             factor = factor * torch.clamp(self._config.clip_grad / (norm + 1e-6), max=1.0)
         if self._config.clip_grad or loss_scale != 1:
             torch._foreach_mul_([item.gradient for item in self.owned], factor)
-        for group in self._adamw.param_groups:
+        for group in adamw.param_groups:
             group["lr"] = lr * group["lr_scale"]
             group["weight_decay"] = group["decay"]
             if self._config.name == "decoupled_adamw":  # AdamW multiplies by 1 - lr * weight_decay
                 group["weight_decay"] /= self.initial_lr * group["lr_scale"]
-        self._adamw.step()
-        self._adamw.zero_grad()
-        self._data_parallel.start_param_sync()
+        adamw.step()
+        adamw.zero_grad()

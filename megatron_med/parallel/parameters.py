@@ -100,6 +100,12 @@ def parameters_with_layout(module: nn.Module) -> Iterator[tuple[ParameterLayout,
         yield layout_of(parameter), parameter
 
 
+def freeze(parameter: nn.Parameter) -> None:
+    """Takes a parameter out of training: no gradient, no master weights, no moments."""
+    parameter.requires_grad_(False)
+    parameter.parallel_layout = replace(layout_of(parameter), trained=False)  # type: ignore[attr-defined]
+
+
 def name_parameters(module: nn.Module, layers: Sequence[int] = ()) -> None:
     """Gives every parameter its canonical name: its path in the module, which is nested as the names are.
 

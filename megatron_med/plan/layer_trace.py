@@ -6,7 +6,7 @@ A chunk of any length is one of these plus equal layers, so a plan takes seconds
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_med.config import Config, ModelConfig
 from megatron_med.config.layers import Chunk
@@ -27,6 +27,7 @@ from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
 from megatron_med.parallel.context import Axis, ParallelContext
 from megatron_med.parallel.data_parallel.buckets import BucketedDataParallel
+from megatron_med.parallel.parameters import freeze, parameters_with_layout
 from megatron_med.parallel.pipeline_parallel.weight_grad_store import WeightGrad, WeightGradStore
 from megatron_med.parallel.tensor_parallel.layers import share_weight_grad_store
 from megatron_med.tracing.recorder import Recorder
@@ -38,7 +39,11 @@ _LARGEST_GROUP = 1024
 
 @dataclass(frozen=True)
 class LayerShape:
-    """All that the trace of some layers depends on."""
+    """All that the trace of some layers depends on.
+
+    ``frozen`` holds names of parameters that are not trained: within a layer without ``layers.N.``, others whole.
+    ``needs_input_grad``: something below is trained, or a stage before this one waits for the gradient.
+    """
 
     model: ModelConfig
     tensor: int
@@ -53,6 +58,8 @@ class LayerShape:
     has_embedding: bool = False
     has_head: bool = False
     layers: int = 1
+    frozen: tuple[str, ...] = ()
+    needs_input_grad: bool = True
 
     def __hash__(self) -> int:
         return self._hash
@@ -125,13 +132,15 @@ class ChunkTrace:
     """One micro-batch through a chunk of layers, put together from traces of few.
 
     Args:
-        ends: the chunk's first layer with its embedding and head.
+        ends: one of the chunk's layers with its embedding and head.
         has_head: whether there is one.
+        base: kind of the layer in ``ends``.
         layers: the kind of each layer, first to last.
     """
 
     ends: LayerTrace
     has_head: bool
+    base: LayerKind
     layers: tuple[LayerKind, ...]
 
     def total(self, quantity: Callable[[LayerTrace], float]) -> float:
@@ -140,8 +149,8 @@ class ChunkTrace:
 
     @cached_property
     def _further(self) -> Counter[LayerKind]:
-        """Layers beyond the first by kind."""
-        return Counter(self.layers[1:])
+        """Layers beyond the one in ``ends`` by kind."""
+        return Counter(self.layers) - Counter([self.base])
 
     @cached_property
     def kept(self) -> int:
@@ -169,21 +178,40 @@ class ChunkTrace:
         return excess
 
 
-def trace_chunk(shape: LayerShape, chunk: Chunk) -> ChunkTrace:
-    """One micro-batch through ``chunk``."""
-    recomputed = tuple(shape.recompute.whole_layer(index) for index in chunk.layers)
-    return _trace_chunk(shape, recomputed, chunk.is_first, chunk.is_last)
+def trace_chunk(shape: LayerShape, chunk: Chunk, trained: Mapping[str, bool]) -> ChunkTrace:
+    """One micro-batch through ``chunk``.
+
+    Args:
+        shape: of one layer.
+        chunk: which layers of the model, and whether it has embedding and head.
+        trained: canonical name of each parameter -> whether it is trained.
+    """
+    kinds = []
+    # Below the model's first trained parameter nothing is kept and no gradient is computed.
+    needs_input_grad = not chunk.is_first or any(trained[name] for name in trained if name.startswith("embedding."))
+    for index in chunk.layers:
+        prefix = f"layers.{index}."
+        own = {name.removeprefix(prefix): value for name, value in trained.items() if name.startswith(prefix)}
+        needs_input_grad = needs_input_grad or any(own.values())
+        kind = _of_kind(shape, shape.recompute.whole_layer(index))
+        kinds.append(replace(kind, frozen=_frozen(own), needs_input_grad=needs_input_grad))
+    ends = _frozen({name: value for name, value in trained.items() if not name.startswith("layers.")})
+    return _trace_chunk(tuple(kinds), ends, chunk.is_first, chunk.is_last)
+
+
+def _frozen(trained: Mapping[str, bool]) -> tuple[str, ...]:
+    return tuple(sorted(name for name, value in trained.items() if not value))
 
 
 @cache
-def _trace_chunk(shape: LayerShape, recomputed: tuple[bool, ...], has_embedding: bool, has_head: bool) -> ChunkTrace:
-    first = _of_kind(shape, recomputed[0])
-    ends = trace_layers(replace(first, has_embedding=has_embedding, has_head=has_head))
-    kinds = {}
-    for is_recomputed in set(recomputed):
-        one = _of_kind(shape, is_recomputed)
-        kinds[is_recomputed] = LayerKind(trace_layers(one), trace_layers(replace(one, layers=2)))
-    return ChunkTrace(ends, has_head, tuple(kinds[is_recomputed] for is_recomputed in recomputed))
+def _trace_chunk(
+    kinds: tuple[LayerShape, ...], frozen_ends: tuple[str, ...], has_embedding: bool, has_head: bool
+) -> ChunkTrace:
+    # Where a frozen layer would cut the head off from what is trained, the layer before the head stands for it.
+    base = kinds[0] if kinds[0].needs_input_grad else kinds[-1]
+    ends = replace(base, has_embedding=has_embedding, has_head=has_head, frozen=base.frozen + frozen_ends)
+    pairs = {kind: LayerKind(trace_layers(kind), trace_layers(replace(kind, layers=2))) for kind in set(kinds)}
+    return ChunkTrace(trace_layers(ends), has_head, pairs[base], tuple(pairs[kind] for kind in kinds))
 
 
 def _of_kind(shape: LayerShape, is_recomputed: bool) -> LayerShape:
@@ -213,10 +241,18 @@ def trace_layers(shape: LayerShape) -> LayerTrace:
     with FakeTensorMode(allow_non_fake_inputs=True):
         chunk = Chunk(range(shape.layers), shape.has_embedding, shape.has_head)
         stage = FAMILIES[shape.model.family](shape.model, context, chunk, dtype, shape.recompute)
+        for layout, parameter in parameters_with_layout(stage):
+            if _within_its_layer(layout.name) in shape.frozen:
+                freeze(parameter)
         _take_gradients(stage, context, shape.main_gradients)
         batch = _batch(shape)
         with Recorder(groups) as recorder:
             return _record(stage, batch, recorder, shape)
+
+
+def _within_its_layer(name: str) -> str:
+    """``layers.3.mlp.down.weight`` -> ``mlp.down.weight``; names outside of layers as they are."""
+    return name.split(".", 2)[2] if name.startswith("layers.") else name
 
 
 def _context(shape: LayerShape) -> ParallelContext:
@@ -247,8 +283,9 @@ def _take_gradients(stage: Transformer, context: ParallelContext, main_gradients
     def taken(parameter: Tensor) -> None:
         parameter.grad = None
 
-    for parameter in stage.parameters():
-        parameter.register_post_accumulate_grad_hook(taken)
+    for layout, parameter in parameters_with_layout(stage):
+        if layout.trained:
+            parameter.register_post_accumulate_grad_hook(taken)
 
 
 def _batch(shape: LayerShape) -> MicroBatch:
@@ -268,10 +305,12 @@ def _record(stage: Transformer, batch: MicroBatch, recorder: Recorder, shape: La
     hidden_bytes = torch.Size(hidden_shape).numel() * dtype.itemsize
     with recorder.section() as forward:
         if not shape.has_embedding:
-            received = torch.empty(hidden_shape, dtype=dtype).requires_grad_()
+            received = torch.empty(hidden_shape, dtype=dtype).requires_grad_(shape.needs_input_grad)
         out = stage(received, batch)
         # As in the engine: what was sent is let go of, its place in the autograd graph is enough.
-        result = stage.loss(out, batch) if shape.has_head else get_gradient_edge(out)
+        result: Tensor | GradientEdge | None = None
+        if out.requires_grad:
+            result = stage.loss(out, batch) if shape.has_head else get_gradient_edge(out)
         del out
     # What is alive now stays until the backward pass; the peak above it is the forward pass' own.
     kept = recorder.live
@@ -280,7 +319,8 @@ def _record(stage: Transformer, batch: MicroBatch, recorder: Recorder, shape: La
         gradient = torch.ones(()) if shape.has_head else torch.empty(hidden_shape, dtype=dtype)
         deferred: list[WeightGrad] = []
         with weight_grads.defer() if shape.splits_backward else nullcontext(deferred) as deferred:
-            torch.autograd.backward(result, gradient)
+            if result is not None:
+                torch.autograd.backward(result, gradient)
         del result, gradient
     backward_excess = recorder.peak - kept
     kept_for_weights = recorder.live

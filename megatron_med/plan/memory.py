@@ -120,18 +120,19 @@ def _gathered_layers(stage: StageModel, activations: float) -> float:
     """FSDP2 holds whole: two layers and the chunk's own parameters; in a pipeline all of them, until their last
     backward pass. One layer's gradients travel in fp32 when its activations are gone, those of embedding and head
     when all are."""
-    layers: dict[str, int] = {}
-    others = 0
-    for held in stage.state.parameters:
-        if held.layout.name.startswith("layers."):
-            key = held.layout.name.split(".")[1]
-            layers[key] = layers.get(key, 0) + held.elements
-        else:
-            others += held.elements
-    largest = max(layers.values())
-    whole = sum(layers.values()) if stage.config.parallel.pipeline > 1 else min(2, len(layers)) * largest
-    travelling = 4 + stage.itemsize
+    held: dict[str, int] = {}
+    travelling: dict[str, int] = {}
+    for parameter in stage.state.parameters:
+        kind, *rest = parameter.layout.name.split(".")
+        unit = rest[0] if kind == "layers" else "around"
+        held[unit] = held.get(unit, 0) + parameter.elements
+        travelling[unit] = travelling.get(unit, 0) + parameter.elements * parameter.layout.trained
+    around, around_travelling = held.pop("around", 0), travelling.pop("around", 0)
+    whole = sum(held.values()) if stage.config.parallel.pipeline > 1 else min(2, len(held)) * max(held.values())
     layer_kept = stage.traces[-1].layers[-1].each(lambda trace: trace.kept)
-    return stage.itemsize * (whole + others) + max(
-        0, travelling * largest - layer_kept, travelling * others - activations
+    bytes_travelling = 4 + stage.itemsize
+    return stage.itemsize * (whole + around) + max(
+        0,
+        bytes_travelling * max(travelling.values()) - layer_kept,
+        bytes_travelling * around_travelling - activations,
     )

@@ -19,6 +19,7 @@ from megatron_med.config.layers import Chunk
 from megatron_med.model.build import DTYPES, build_chunks
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
+from megatron_med.optim.groups import freeze_groups
 from megatron_med.parallel.context import AXES, Axis, ParallelContext, RankGrid
 from megatron_med.parallel.data_parallel.buckets import BucketedDataParallel
 from megatron_med.parallel.parameters import ParameterLayout, layout_of
@@ -60,10 +61,12 @@ class ShardedUnit:
 
     Attributes:
         elements: padded to the ranks.
+        trained: of these, the ones whose gradients are cut.
         reshard_after_forward: gathered again for the backward pass; the unit of embedding, norm and head is not.
     """
 
     elements: int
+    trained: int
     reshard_after_forward: bool
 
 
@@ -96,14 +99,19 @@ class StageState:
         return sum(held.elements for held in self.parameters)
 
     @property
+    def trained(self) -> list[HeldParameter]:
+        """Parameters that are not frozen."""
+        return [held for held in self.parameters if held.layout.trained]
+
+    @property
     def owned(self) -> int:
         """Parameters that one rank updates."""
-        return sum(held.slice for held in self.parameters)
+        return sum(held.slice for held in self.trained)
 
     @property
     def tied(self) -> int:
         """Owned parameters whose gradients the first and the last stage sum."""
-        return sum(held.slice for held in self.parameters if held.layout.shared)
+        return sum(held.slice for held in self.trained if held.layout.shared)
 
     @property
     def is_sharded(self) -> bool:
@@ -158,27 +166,32 @@ class StageModel:
         return [self._units_of(chunk) for chunk in self.state.chunks]
 
     def _units_of(self, own: Chunk) -> list[ShardedUnit]:
-        ranks = self.groups["fsdp"].size
-        layers = {str(layer): 0 for layer in own.layers}
-        around = 0
+        layers: dict[str, list[HeldParameter]] = {str(layer): [] for layer in own.layers}
+        around: list[HeldParameter] = []
         for held in self.state.parameters:
             kind, *rest = held.layout.name.split(".")
             if kind == "layers" and rest[0] in layers:
-                layers[rest[0]] += held.slice * ranks
+                layers[rest[0]].append(held)
             elif (kind == "embedding" and own.is_first) or (kind not in ("layers", "embedding") and own.is_last):
-                around += held.slice * ranks
-        units = [ShardedUnit(elements, reshard_after_forward=True) for elements in layers.values()]
-        return units + ([ShardedUnit(around, reshard_after_forward=False)] if around else [])
+                around.append(held)
+        units = [self._unit(parameters, reshard_after_forward=True) for parameters in layers.values()]
+        return units + ([self._unit(around, reshard_after_forward=False)] if around else [])
+
+    def _unit(self, parameters: list[HeldParameter], reshard_after_forward: bool) -> ShardedUnit:
+        ranks = self.groups["fsdp"].size
+        trained = sum(held.slice for held in parameters if held.layout.trained)
+        return ShardedUnit(sum(held.slice for held in parameters) * ranks, trained * ranks, reshard_after_forward)
 
 
 def model_stages(config: Config, states: list[StageState]) -> list[StageModel]:
     """Adds the traces of every chunk and the schedule to the states of all stages."""
     parallel, train = config.parallel, config.train
     shape = shape_of(config)
+    trained = {held.layout.name: held.layout.trained for state in states for held in state.parameters}
     micro_batches = train.global_batch_size // (train.micro_batch_size * states[0].groups["batch"].size)
     schedule: Schedule = GENERATORS[parallel.schedule](parallel.pipeline, micro_batches, parallel.virtual_stages)
     return [
-        StageModel(config, state, [trace_chunk(shape, chunk) for chunk in state.chunks], actions)
+        StageModel(config, state, [trace_chunk(shape, chunk, trained) for chunk in state.chunks], actions)
         for state, actions in zip(states, schedule, strict=True)
     ]
 
@@ -214,16 +227,20 @@ def _build(config: Config, stage: int, groups: Mapping[str, Axis]) -> StageState
     axes: dict[str, Any] = dict(groups)
     sequence_parallel = parallel.sequence_parallel and parallel.tensor > 1
     context = ParallelContext(torch.device("meta"), **axes, sequence_parallel=sequence_parallel)
-    chunks = build_chunks(config.model, context, DTYPES[config.precision], parallel, Recompute())
+    dtype = DTYPES[config.precision]
+    chunks = build_chunks(config.model, context, dtype, parallel, Recompute())
+    freeze_groups(chunks, config.optimizer.groups)
     shards = 1 if parallel.sharding == "none" else context.fsdp.size
     parameters = [_held(parameter, shards) for parameter in chunks.parameters()]
     layers = [cast(Transformer, chunk).chunk for chunk in chunks]
-    elements = sum(held.elements for held in parameters)
+    elements = sum(held.elements for held in parameters if held.layout.trained)
     if parallel.sharding == "full":
-        owned = sum(held.slice for held in parameters)
+        owned = sum(held.slice for held in parameters if held.layout.trained)
+        frozen = sum(held.slice for held in parameters if not held.layout.trained)
+        weights = 4.0 * owned + dtype.itemsize * frozen
         # FSDP2 sums the gradients of several backward passes whole where it does not cut them after each
         gradients = elements if parallel.pipeline > 1 else owned
-        return StageState(groups, layers, parameters, shards, [], 4.0 * owned, 4.0 * gradients, 8.0 * owned)
+        return StageState(groups, layers, parameters, shards, [], weights, 4.0 * gradients, 8.0 * owned)
     data_parallel = BucketedDataParallel(chunks, context, shard=parallel.sharding == "optimizer")
     buckets = [GradientBucket(sum(p.numel() for p in b.parameters), b.row) for b in data_parallel.buckets]
     own_masters = [item.master for item in data_parallel.owned if not _same_memory(item.master, item.parameter)]

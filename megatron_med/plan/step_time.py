@@ -57,14 +57,15 @@ def optimizer_seconds(stages: Sequence[StageModel], cost: CostModel) -> float:
     """Seconds of the slowest stage: the memory traffic of norm, clipping, AdamW, copies of buckets, zeroing.
 
     Per owned element: norm 4 bytes, clipping 8, AdamW 28 (read weight, gradient and moments, write all but the
-    gradient), rounding 4 + itemsize. Per element of the stage: zeroing 4, and where slices are cut packing 8,
+    gradient), rounding 4 + itemsize. Per trained element of the stage: zeroing 4, and where slices are cut packing 8,
     unpacking 2 x itemsize.
     """
 
     def moved(stage: StageModel) -> int:
         state, itemsize = stage.state, stage.itemsize
-        copies = state.elements * (8 + 2 * itemsize) if state.is_sharded else 0
-        return state.owned * (4 + 8 + 28 + 4 + itemsize) + state.elements * 4 + copies
+        trained = sum(held.elements for held in state.trained)
+        copies = trained * (8 + 2 * itemsize) if state.is_sharded else 0
+        return state.owned * (4 + 8 + 28 + 4 + itemsize) + trained * 4 + copies
 
     return max(cost.memory_seconds(moved(stage)) for stage in stages)
 
@@ -123,4 +124,4 @@ def unit_gathers(stage: StageModel, chunk: int, cost: CostModel) -> list[float]:
 def unit_reductions(stage: StageModel, chunk: int, cost: CostModel) -> list[float]:
     """Seconds of cutting each unit's fp32 gradients."""
     ranks = stage.groups["fsdp"].ranks
-    return [cost.transfer_seconds("reduce_scatter", 4.0 * unit.elements, ranks) for unit in stage.sharded_units[chunk]]
+    return [cost.transfer_seconds("reduce_scatter", 4.0 * unit.trained, ranks) for unit in stage.sharded_units[chunk]]

@@ -51,7 +51,7 @@ def _tensor(stage: StageModel) -> Traffic:
         calls = round(trace.total(lambda layers: len(layers.collectives)))
         size = trace.total(lambda layers: sum(event.size for event in layers.collectives))
         total += Traffic(calls * stage.micro_batches, size * stage.micro_batches)
-    partial = sum(held.slice for held in stage.state.parameters if held.layout.partial_over_tp)
+    partial = sum(held.slice for held in stage.state.trained if held.layout.partial_over_tp)
     return total + (Traffic(1, 4.0 * partial) if partial else Traffic())
 
 
@@ -90,8 +90,10 @@ def _fully_sharded(stage: StageModel) -> dict[str, Traffic]:
     for units in stage.sharded_units:
         for unit in units:
             gathers = 1 if in_pipeline else count + unit.reshard_after_forward * count
-            sharded += Traffic(gathers + count, unit.elements * (stage.itemsize * gathers + 4.0 * count))
-            replicated += Traffic(1, 4.0 * unit.elements / ranks)
+            sharded += Traffic(gathers, float(unit.elements * stage.itemsize * gathers))
+            if unit.trained:
+                sharded += Traffic(count, 4.0 * unit.trained * count)
+                replicated += Traffic(1, 4.0 * unit.trained / ranks)
     return {"fsdp": sharded, "dp_replicate": replicated}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -25,6 +24,7 @@ from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, build_chunks
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
+from megatron_med.optim.groups import freeze_groups, group_faults
 from megatron_med.optim.loss_scale import LossScaler
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.collectives import broadcast_object, gather_objects
@@ -40,6 +40,8 @@ from megatron_med.train.step import TrainModule
 
 T = TypeVar("T")
 
+_NAMES_SHOWN = 3
+
 
 @dataclass
 class Progress:
@@ -51,7 +53,7 @@ class Progress:
 
 @dataclass
 class Run:
-    """A run that is ready to train."""
+    """A run that is ready to train. ``frozen``: names of all parameters that are not trained."""
 
     config: Config
     folder: RunFolder
@@ -60,6 +62,7 @@ class Run:
     valid_data: BatchLoader | None
     tokenizer: Tokenizer | None
     progress: Progress
+    frozen: list[str]
 
     @property
     def context(self) -> ParallelContext:
@@ -76,6 +79,8 @@ class Run:
             optimizer_steps=self.train_module.optimizer.steps,
             initial_lr=self.train_module.optimizer.initial_lr,
             loss_scaler=scaler.state_dict() if scaler is not None else None,
+            frozen=self.frozen,
+            moments_since=self.train_module.optimizer.moments_since,
             run={"precision": self.config.precision, "parallel": asdict(self.config.parallel)},
         )
 
@@ -97,8 +102,11 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     _on_first_rank(context, lambda: folder.check_identity(identity))
 
     train_module = build_train_module(config, context)
-    _check_groups(config, train_module)
-    progress = _load(config, folder, train_module, tokenizer)
+    trained, frozen = _gather_names(train_module)
+    faults = group_faults(trained | frozen, config.optimizer.groups)
+    if faults:
+        raise ConfigError(faults)
+    progress = _load(config, folder, train_module, tokenizer, trained, frozen)
     _on_first_rank(context, lambda: folder.begin(identity, dump_config(config)))
     remaining = max(0, train.steps - progress.step) * train.global_batch_size
     total = max(1, progress.consumed_samples + remaining)
@@ -110,6 +118,7 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
         valid_data=_validation_data(config, context, cache),
         tokenizer=tokenizer,
         progress=progress,
+        frozen=sorted(frozen),
     )
 
 
@@ -119,6 +128,7 @@ def build_train_module(config: Config, context: ParallelContext) -> TrainModule:
     recompute = Recompute(config.recompute, config.recompute_interval)
     chunks = build_chunks(config.model, context, dtype, config.parallel, recompute)
     initialise(chunks, context, config.train.seed)
+    freeze_groups(chunks, config.optimizer.groups)
     data_parallel = _data_parallel(chunks, context, dtype, config.parallel.sharding)
     engine: PipelineEngine[MicroBatch] = PipelineEngine(
         cast(list[Transformer], list(chunks)), context, dtype, data_parallel.before_backward
@@ -134,17 +144,13 @@ def build_train_module(config: Config, context: ParallelContext) -> TrainModule:
     )
 
 
-def _check_groups(config: Config, train_module: TrainModule) -> None:
-    """Refuses a parameter group that no parameter of the model belongs to."""
-    own = [item.layout.name for item in train_module.optimizer.owned]
-    names = {name for part in gather_objects(own, train_module.context.world) for name in part}
-    faults = [
-        f"optimizer.groups: {group.match} matches no parameter. Names are such as {', '.join(sorted(names)[:3])}."
-        for group in config.optimizer.groups
-        if not any(fnmatchcase(name, group.match) for name in names)
-    ]
-    if faults:
-        raise ConfigError(faults)
+def _gather_names(train_module: TrainModule) -> tuple[set[str], set[str]]:
+    """Names of all trained and of all frozen parameters of the model."""
+    optimizer = train_module.optimizer
+    own = [item.layout.name for item in optimizer.owned], [item.layout.name for item in optimizer.frozen]
+    parts = gather_objects(own, train_module.context.world)
+    trained, frozen = ({name for part in parts for name in part[kind]} for kind in (0, 1))
+    return trained, frozen
 
 
 def _data_parallel(chunks: nn.ModuleList, context: ParallelContext, dtype: torch.dtype, sharding: str) -> DataParallel:
@@ -211,9 +217,19 @@ def _identity(config: Config, corpora: list[PackedDataset]) -> dict[str, Any]:
     }
 
 
-def _load(config: Config, folder: RunFolder, train_module: TrainModule, tokenizer: Tokenizer | None) -> Progress:
-    """RUN's own latest checkpoint first, then ``checkpoint.load``; else the initial weights."""
-    context = train_module.context
+def _load(
+    config: Config,
+    folder: RunFolder,
+    train_module: TrainModule,
+    tokenizer: Tokenizer | None,
+    trained: set[str],
+    frozen: set[str],
+) -> Progress:
+    """RUN's own latest checkpoint first, then ``checkpoint.load``; else the initial weights.
+
+    ``trained`` and ``frozen`` are the names of the whole model's parameters.
+    """
+    context, optimizer = train_module.context, train_module.optimizer
     resume = _resume_point(folder, context)
     source = resume
     everything = resume is not None or config.checkpoint.load_state == "all"
@@ -225,17 +241,31 @@ def _load(config: Config, folder: RunFolder, train_module: TrainModule, tokenize
     state = read_state(source)
     check_model(state, config.model, source)
     check_tokenizer(state, tokenizer.describe() if tokenizer else None, source)
-    load_optimizer(source, train_module.optimizer, context, moments=everything)
+    thawed = sorted(trained.intersection(state.frozen)) if everything else []
+    load_optimizer(source, optimizer, context, moments=everything, without=thawed)
     train_module.data_parallel.start_param_sync()
     if context.world.is_first:
         print(f"loaded {source} ({'all' if everything else 'weights'})", flush=True)
+        if thawed:
+            print(f"trained from here on, with fresh moments: {_in_words(thawed)} (frozen in {source})", flush=True)
+        dropped = sorted(frozen.difference(state.frozen)) if state.optimizer_steps is not None and everything else []
+        if dropped:
+            print(f"frozen from here on, their moments dropped: {_in_words(dropped)}", flush=True)
     if not everything:
         return Progress()
-    train_module.optimizer.steps = state.optimizer_steps or 0
-    train_module.optimizer.initial_lr = state.initial_lr or train_module.optimizer.initial_lr
+    steps = state.optimizer_steps or 0
+    began = {name: count for name, count in state.moments_since.items() if name in trained}
+    optimizer.resume(steps, began | dict.fromkeys(thawed, steps))
+    optimizer.initial_lr = state.initial_lr or optimizer.initial_lr
     if train_module.loss_scaler is not None and state.loss_scaler is not None:
         train_module.loss_scaler.load_state_dict(state.loss_scaler)
     return Progress(state.step, state.consumed_samples)
+
+
+def _in_words(names: list[str]) -> str:
+    """A few names, and how many more there are."""
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
 
 
 def _resume_point(folder: RunFolder, context: ParallelContext) -> Path | None:

@@ -83,7 +83,7 @@ def _steps(config: Config, target: Path, source: Path | None, first: int, last: 
     if source is not None:
         verify_checkpoint(source, train_module.context)
         load_optimizer(source, train_module.optimizer, train_module.context, moments=True)
-        train_module.optimizer.steps = read_state(source).optimizer_steps or 0
+        train_module.optimizer.resume(read_state(source).optimizer_steps or 0, {})
         train_module.data_parallel.start_param_sync()
     losses = []
     for step in range(first, last + 1):

@@ -21,7 +21,7 @@ from synthetic import make_config, make_step, random_ids, seconds_of
 
 from megatron_med.checkpoint.folder import CheckpointState, step_folder
 from megatron_med.checkpoint.save import CheckpointSaver
-from megatron_med.checkpoint.views import optimizer_slices
+from megatron_med.checkpoint.views import state_slices
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import ParallelConfig
 from megatron_med.errors import run_command
@@ -52,7 +52,7 @@ def main() -> None:
     def slowest(seconds: float) -> float:
         return all_reduce(torch.tensor(seconds, device=device), context.world, dist.ReduceOp.MAX).item()
 
-    slices = optimizer_slices(train_module.optimizer)
+    slices = state_slices(train_module.optimizer)
     buffers = [torch.empty_like(tensor, device="cpu") for tensor in slices.values()]
     times: dict[str, list[float]] = {}
 

@@ -40,18 +40,35 @@ class ParameterShard:
         return self.master.shape != self.parameter.shape
 
 
+@dataclass(frozen=True)
+class FrozenShard:
+    """What this rank holds of a parameter that is not trained.
+
+    Attributes:
+        layout: what the parameter declares.
+        weight: the tensor-parallel shard, or this rank's part of it, in the type it is computed with.
+        is_sharded: data-parallel ranks hold different parts.
+    """
+
+    layout: ParameterLayout
+    weight: Tensor
+    is_sharded: bool
+
+
 class DataParallel(ABC):
     """Sums gradients over ranks and hands updated weights back to the model.
 
     Attributes:
         is_sharded: data-parallel ranks own different slices.
         owned: the slices that this rank's optimizer updates.
+        frozen: what this rank holds of the parameters that are not trained.
     """
 
     def __init__(self, context: ParallelContext, is_sharded: bool) -> None:
         self.context = context
         self.is_sharded = is_sharded
         self.owned: list[ParameterShard] = []
+        self.frozen: list[FrozenShard] = []
 
     @abstractmethod
     def begin_step(self, micro_batches: int) -> None:

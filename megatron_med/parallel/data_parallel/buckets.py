@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_med.parallel.collectives import Pending
 from megatron_med.parallel.context import Axis, ParallelContext
-from megatron_med.parallel.data_parallel.base import DataParallel, ParameterShard
+from megatron_med.parallel.data_parallel.base import DataParallel, FrozenShard, ParameterShard
 from megatron_med.parallel.parameters import MainGrad, layout_of, parameters_with_layout
 
 BUCKET_ELEMENTS = 10_000_000
@@ -39,7 +39,12 @@ class BucketedDataParallel(DataParallel):
         self._complete: list[Bucket] = []
         self.buckets: list[Bucket] = []  # in the order of the forward pass
         for chunk in chunks:
-            trained = [parameter for layout, parameter in parameters_with_layout(chunk) if layout.trained]
+            trained = []
+            for layout, parameter in parameters_with_layout(chunk):
+                if layout.trained:
+                    trained.append(parameter)
+                else:
+                    self.frozen.append(FrozenShard(layout, parameter.data, is_sharded=False))
             for parameters in reversed(_fill(reversed(trained))):
                 self.buckets.append(Bucket(parameters, axis, replicas, context, self._on_complete))
         self._await_in_forward(chunks)

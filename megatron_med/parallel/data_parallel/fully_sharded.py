@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from megatron_med.parallel.context import Axis, ParallelContext
-from megatron_med.parallel.data_parallel.base import DataParallel, ParameterShard
+from megatron_med.parallel.data_parallel.base import DataParallel, FrozenShard, ParameterShard
 from megatron_med.parallel.parameters import layout_of, parameters_with_layout
 
 
@@ -36,11 +36,12 @@ class FullyShardedDataParallel(DataParallel):
         self._mesh = _mesh(context)
         for chunk in chunks:
             self._wrap(chunk, dtype)
-        self.owned = [
-            ParameterShard(layout, parameter, _local(parameter), _local(parameter).new_zeros(0))
-            for layout, parameter in parameters_with_layout(chunks)
-            if layout.trained
-        ]
+        for layout, parameter in parameters_with_layout(chunks):
+            local = _local(parameter)
+            if layout.trained:
+                self.owned.append(ParameterShard(layout, parameter, local, local.new_zeros(0)))
+            else:
+                self.frozen.append(FrozenShard(layout, local, is_sharded=True))
 
     def _wrap(self, chunk: nn.Module, dtype: torch.dtype) -> None:
         layouts = {name: layout_of(parameter) for name, parameter in chunk.named_parameters()}
@@ -51,7 +52,7 @@ class FullyShardedDataParallel(DataParallel):
         }
         for part in [*cast(nn.ModuleList, chunk.layers), chunk]:  # one layer at a time is whole in fp32
             for parameter in part.parameters():
-                if parameter.dtype != torch.float32:
+                if parameter.dtype != torch.float32 and layout_of(parameter).trained:
                     parameter.data = parameter.data.float()
             # Micro-batches overlap in a pipeline: gathering again for each of them would cost more than it saves. The
             # chunk's own parameters (embedding, head) are needed again at once.

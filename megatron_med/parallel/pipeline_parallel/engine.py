@@ -159,8 +159,9 @@ class PipelineEngine(Generic[BatchT]):
 
     def _backward(self, action: Action, item: _Alive, arriving: Pending | None, loss_scale: Tensor | None) -> None:
         output = item.loss if item.loss is not None else item.edge
-        assert output is not None, "a backward pass without its forward pass"
         gradient = loss_scale if arriving is None else arriving.wait()
+        if output is None:
+            return  # nothing up to here is trained
         if isinstance(action, BackwardInput):
             with self._weight_grads.defer() as item.weight_grads:
                 torch.autograd.backward(output, gradient)
