@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megatron_med.checkpoint.folder import CheckpointState, read_state
+from megatron_med.checkpoint.load import load_optimizer, verify_checkpoint
+from megatron_med.checkpoint.save import save_checkpoint
+from megatron_med.checkpoint.storage import Reader
 from megatron_med.config.schema import (
     Config,
     DataConfig,
@@ -109,6 +113,36 @@ def set_up(config: Config) -> tuple[TrainModule, BatchLoader]:
         seed=seed,
     )
     return train_module, loader
+
+
+def train_and_save(config: Config, target: Path, source: Path | None, first: int, last: int) -> list[float]:
+    """Loads ``source`` where there is one, trains steps ``first`` to ``last`` at a fixed learning rate and saves."""
+    train_module, loader = set_up(config)
+    optimizer, context = train_module.optimizer, train_module.context
+    if source is not None:
+        verify_checkpoint(source, context)
+        load_optimizer(source, optimizer, context, moments=True)
+        optimizer.resume(read_state(source).optimizer_steps or 0, {})
+        train_module.data_parallel.start_param_sync()
+    size = config.train.global_batch_size
+    losses = []
+    for step in range(first, last + 1):
+        batches = loader.load((step - 1) * size, size, step)
+        losses.append(train_step(train_module, batches, 1e-3, False, StepTimer(torch.device("cpu"))).loss)
+    state = CheckpointState(
+        model=asdict(config.model),
+        step=last,
+        optimizer_steps=optimizer.steps,
+        run={"precision": config.precision},
+    )
+    save_checkpoint(target, optimizer, context, state=state)
+    return losses
+
+
+def stored_entries(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by name."""
+    reader = Reader(folder)
+    return {name: reader.read(name) for name in reader.shapes()}
 
 
 def train_ranks(config: Config) -> tuple[list[float], list[float], list[tuple[str, tuple[int, ...], Any, np.ndarray]]]:

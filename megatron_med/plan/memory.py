@@ -130,6 +130,9 @@ def _gathered_layers(stage: StageModel, activations: float) -> float:
     around, around_travelling = held.pop("around", 0), travelling.pop("around", 0)
     whole = sum(held.values()) if stage.config.parallel.pipeline > 1 else min(2, len(held)) * max(held.values())
     layer_kept = stage.traces[-1].layers[-1].each(lambda trace: trace.kept)
+    if not stage.state.trained:
+        # No backward pass: the peak is in the forward one, where a layer's buffer is let go of by the next layer.
+        return float(stage.itemsize * (whole + around + max(held.values())))
     bytes_travelling = 4 + stage.itemsize
     return stage.itemsize * (whole + around) + max(
         0,

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from megatron_med.checkpoint.folder import CheckpointState, read_state, step_folder
-from megatron_med.checkpoint.load import load_optimizer, verify_checkpoint
-from megatron_med.checkpoint.save import save_checkpoint
-from megatron_med.checkpoint.storage import Reader
+from megatron_med.checkpoint.folder import read_state, step_folder
 from megatron_med.config.schema import Config
-from megatron_med.train.step import train_step
-from megatron_med.train.timers import StepTimer
 from tests.ranks import run_ranks
-from tests.training import MODELS, make_config, set_up
+from tests.training import MODELS, make_config, stored_entries, train_and_save
 
 BATCH = 12  # every data-parallel size below divides it
 
@@ -77,26 +70,8 @@ def _config(prefix: Path, family: str, grid: str, precision: str = "fp32") -> tu
     return config, ranks
 
 
-def _steps(config: Config, target: Path, source: Path | None, first: int, last: int) -> list[float]:
-    """Loads ``source`` where there is one, trains steps ``first`` to ``last`` and saves."""
-    train_module, loader = set_up(config)
-    if source is not None:
-        verify_checkpoint(source, train_module.context)
-        load_optimizer(source, train_module.optimizer, train_module.context, moments=True)
-        train_module.optimizer.resume(read_state(source).optimizer_steps or 0, {})
-        train_module.data_parallel.start_param_sync()
-    losses = []
-    for step in range(first, last + 1):
-        batches = loader.load((step - 1) * BATCH, BATCH, step)
-        losses.append(train_step(train_module, batches, 1e-3, False, StepTimer(torch.device("cpu"))).loss)
-    state = CheckpointState(model=asdict(config.model), step=last, optimizer_steps=train_module.optimizer.steps)
-    save_checkpoint(target, train_module.optimizer, train_module.context, state=state)
-    return losses
-
-
 def _entries(folder: Path) -> dict[str, np.ndarray]:
-    reader = Reader(folder)
-    return {name: reader.read(name).numpy() for name in reader.shapes()}
+    return {name: tensor.numpy() for name, tensor in stored_entries(folder).items()}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +85,7 @@ def _trained(prefix: Path, folder: Path, family: str, grid: str, precision: str 
     step = step_folder(folder / f"{family}-{grid}-{precision}", 2)
     if not step.exists():
         config, ranks = _config(prefix, family, grid, precision)
-        run_ranks(ranks, _steps, config, step, None, 1, 2)
+        run_ranks(ranks, train_and_save, config, step, None, 1, 2)
     return step
 
 
@@ -120,7 +95,7 @@ def test_values_survive_a_change_of_grid(
 ) -> None:
     first, second = _trained(sample_data, folder, family, before), step_folder(tmp_path, 2)
     config, ranks = _config(sample_data, family, after)
-    run_ranks(ranks, _steps, config, second, first, 1, 0)
+    run_ranks(ranks, train_and_save, config, second, first, 1, 0)
     stored, again = _entries(first), _entries(second)
     _assert_near(stored, _entries(_trained(sample_data, folder, family, "alone")))
     assert stored.keys() == again.keys()
@@ -148,7 +123,7 @@ def test_uneven_slices_train_like_one_process(sample_data: Path, tmp_path: Path)
     curves: list[Any] = []
     for grid in ("alone", "dp3", "tp2-dp3"):
         config, ranks = _config(sample_data, "llama", grid)
-        curves.append(run_ranks(ranks, _steps, config, tmp_path / grid / "step-00000004", None, 1, 4)[0])
+        curves.append(run_ranks(ranks, train_and_save, config, tmp_path / grid / "step-00000004", None, 1, 4)[0])
     np.testing.assert_allclose(curves[1], curves[0], rtol=1e-5)
     np.testing.assert_allclose(curves[2], curves[0], rtol=1e-5)
 
@@ -158,7 +133,7 @@ def test_bf16_run_resumes_as_fp32(sample_data: Path, folder: Path, tmp_path: Pat
     """The checkpoint holds the fp32 masters, whatever the run's precision."""
     first, second = _trained(sample_data, folder, "llama", grid, "bf16"), step_folder(tmp_path, 2)
     config, ranks = _config(sample_data, "llama", "dp3", "fp32")
-    run_ranks(ranks, _steps, config, second, first, 1, 0)
+    run_ranks(ranks, train_and_save, config, second, first, 1, 0)
     stored, again = _entries(first), _entries(second)
     assert all(values.dtype == np.float32 for values in stored.values())
     for name, values in stored.items():

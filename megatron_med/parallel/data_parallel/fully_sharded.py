@@ -52,7 +52,7 @@ class FullyShardedDataParallel(DataParallel):
         }
         for part in [*cast(nn.ModuleList, chunk.layers), chunk]:  # one layer at a time is whole in fp32
             for parameter in part.parameters():
-                if parameter.dtype != torch.float32 and layout_of(parameter).trained:
+                if parameter.dtype != torch.float32 and parameter.requires_grad:
                     parameter.data = parameter.data.float()
             # Micro-batches overlap in a pipeline: gathering again for each of them would cost more than it saves. The
             # chunk's own parameters (embedding, head) are needed again at once.
