@@ -1,4 +1,5 @@
-"""The operations of the models on local tensors, each a plain-torch implementation."""
+"""The operations of the models on local tensors. What stands here is the reference, in plain torch; ``backend.py``
+chooses what serves."""
 
 from __future__ import annotations
 
@@ -14,7 +15,10 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend
 from torch.nn.attention.varlen import varlen_attn
 
+from megatron_med.kernels.backend import operation
 
+
+@operation
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich 2019), in fp32 for half precisions."""
     if x.dtype == torch.float32:
@@ -24,11 +28,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * normed.to(x.dtype)
 
 
+@operation
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """(x - mean) / std * weight + bias over the last dimension (Ba et al. 2016)."""
     return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
+@operation
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020); ``[..., 2 * n]``, gate first, -> ``[..., n]``."""
     return _SwiGLU.apply(gate_up)
@@ -54,11 +60,13 @@ class _SwiGLU(Function):
         return joint
 
 
+@operation
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU in its tanh approximation, as GPT-2 has it."""
     return F.gelu(x, approximate="tanh")
 
 
+@operation
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021) on halves: number i turns with number i + head_dim / 2.
 
@@ -89,6 +97,7 @@ class PackedDocuments:
         return cls(tuple(lengths), borders.to(device))
 
 
+@operation
 def attention(
     query: Tensor,
     key: Tensor,

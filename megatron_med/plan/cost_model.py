@@ -96,6 +96,8 @@ class CostModel:
             batch, rows, columns, _ = kernel.shape
             efficiency = kind.product_efficiency(rows, columns, batch)
             seconds = max(seconds, kernel.flops / (kind.peak_flops * efficiency))
+        elif kernel.kind == "opaque":
+            seconds = max(seconds, kernel.flops / kind.peak_flops)
         elif kernel.kind != "elementwise":
             if self.kernels.attention == "scores":
                 return self._scores(kernel)

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_med.kernels.opaque import NAMESPACE, cost_of
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.tracing.trace import Collective, Kernel, KernelKind, Trace, Wait
 
@@ -104,6 +105,8 @@ class Recorder(TorchDispatchMode):
             return self._communicate(function, args, kwargs)
         if function is torch.ops.aten._fused_sdp_choice.default and isinstance(args[0], FakeTensor):
             return _fused_choice(*args, **kwargs)
+        if function.namespace == NAMESPACE:
+            return self._run_opaque(function, args)
         out = function(*args, **kwargs)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -112,6 +115,20 @@ class Recorder(TorchDispatchMode):
         if self._is_free(function, any(fresh)):
             return out
         self._compute(function, inputs, outputs, args)
+        return out
+
+    def _run_opaque(self, function: Any, args: Any) -> Any:
+        """An operation whose inside is not seen: it tells what it costs."""
+        cost = cost_of(function, args)
+        inputs = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        for tensor in inputs:
+            self._number(tensor)
+        out = function(*args)
+        outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        writes = {self._number(tensor, is_new=True): _extent(tensor) for tensor in outputs}
+        self.peak = max(self.peak, self.live + cost.workspace)
+        reads = {self._number(inputs[0]): cost.bytes - sum(writes.values())}
+        self.trace.events.append(Kernel("opaque", function._opname, cost.flops, (0, 0, 0, 0), reads, writes))
         return out
 
     @staticmethod

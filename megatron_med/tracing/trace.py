@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-KernelKind = Literal["product", "attention_forward", "attention_backward", "elementwise"]
+KernelKind = Literal["product", "attention_forward", "attention_backward", "elementwise", "opaque"]
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class Kernel:
     Attributes:
         kind: what bounds its time.
         name: operation.
-        flops: of a product or attention; 0 for element-wise work, which memory bounds.
+        flops: of a product or attention; 0 for element-wise work, which memory bounds; of an opaque operation what it
+            declares, as its bytes.
         shape: of a product: batch, rows, columns, inner.
         reads, writes: storage -> bytes.
     """

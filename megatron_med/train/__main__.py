@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from megatron_med.config import Config, load_config
 from megatron_med.config.load import INFORMATION_FLAGS, peek_output_dir
 from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, CheckpointError, UserError
+from megatron_med.kernels.backend import describe
 from megatron_med.train.run_folder import RunFolder, write_launch_record
 
 if TYPE_CHECKING:
@@ -36,6 +37,10 @@ def main(arguments: list[str]) -> int:
         config = load_config(arguments, int(os.environ.get("WORLD_SIZE", "1")))
     except UserError as error:
         return _refuse(error, rank, peek_output_dir(arguments))
+    except SystemExit:
+        if "--print_config" in arguments:
+            print(f"# {describe()}")
+        raise
     return _train(config, rank)
 
 

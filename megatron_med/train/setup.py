@@ -19,6 +19,7 @@ from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import blend, find_tokenizer, one_pass, open_corpora
 from megatron_med.errors import CheckpointError, ConfigError, UserError
+from megatron_med.kernels.backend import describe
 from megatron_med.launch.preflight import preflight
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, build_chunks
@@ -106,6 +107,8 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     faults = group_faults(trained | frozen, config.optimizer.groups)
     if faults:
         raise ConfigError(faults)
+    if context.world.is_first:
+        print(describe(), flush=True)
     progress = _load(config, folder, train_module, tokenizer, trained, frozen)
     _on_first_rank(context, lambda: folder.begin(identity, dump_config(config)))
     remaining = max(0, train.steps - progress.step) * train.global_batch_size

@@ -1,0 +1,110 @@
+"""Operations are served by one implementation each, which is told; opaque ones declare what they cost."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+from megatron_med.kernels import backend, cross_entropy, functional
+from megatron_med.kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
+from megatron_med.tracing.recorder import Recorder
+from tests.cli.processes import train, write_config
+
+
+def test_every_operation_is_listed_and_has_a_reference() -> None:
+    for name in backend.OPERATIONS:
+        assert hasattr(functional, name) != hasattr(cross_entropy, name), name
+    assert set(backend.choices().values()) == {"reference"}
+
+
+def test_the_first_implementation_that_is_installed_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = ModuleType("fused_norms")
+    installed.__spec__ = sys.__spec__
+    installed.rms_norm = lambda *_: "fused"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "fused_norms", installed)
+    listed = (("transformer_engine", "not_installed_here"), ("native", "fused_norms"), ("apex", "json"))
+    monkeypatch.setitem(backend.OPERATIONS, "rms_norm", listed)
+
+    def rms_norm(x: object) -> object:
+        return x
+
+    assert backend.operation(rms_norm)(1) == "fused"
+    assert backend.choices()["rms_norm"] == "native"
+    assert "native (rms_norm)" in backend.describe()
+    monkeypatch.setitem(backend.OPERATIONS, "rms_norm", listed[:1])
+    assert backend.operation(rms_norm)(1) == 1
+
+
+def test_the_choice_is_told_by_print_config_and_at_the_start(tmp_path: Path, sample_data: Path) -> None:
+    config = write_config(
+        tmp_path,
+        sample_data,
+        model={"preset": "llama-tiny", "vocab_size": 512},
+        data={"sequence_length": 32},
+        train={"steps": 1},
+    )
+    line = "kernels: reference (rms_norm, layer_norm, swiglu, gelu_tanh, apply_rotary_emb, attention, "
+    printed = train(config, "--print_config")
+    assert printed.returncode == 0
+    assert printed.stdout.splitlines()[-1].startswith(f"# {line}")
+    assert yaml.safe_load(printed.stdout)["train"]["steps"] == 1
+    assert any(told.startswith(line) for told in train(config).stdout.splitlines())
+
+
+ROWS, COLUMNS, TRUE = 600, 40, 37
+
+
+def _operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(ROWS, COLUMNS, generator=generator).to(dtype)
+    return logits, torch.randint(-1, TRUE, (ROWS,), generator=generator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_opaque_operation_is_recorded_by_what_it_declares(dtype: torch.dtype) -> None:
+    """And nothing of its inside; plain torch around it as it runs."""
+    logits, targets = _operands(dtype)
+    with Recorder() as recorder:
+        doubled = logits * 2
+        maximum, total, hit = cross_entropy_forward(doubled, targets, TRUE)
+        cross_entropy_backward(doubled, targets, total.log() + maximum, torch.ones_like(hit), TRUE)
+    names = [kernel.name for kernel in recorder.trace.kernels]
+    assert names == ["mul", "cross_entropy_forward", "log", "add", "ones_like", "cross_entropy_backward"]
+    forward, backward = (kernel for kernel in recorder.trace.kernels if kernel.kind == "opaque")
+    count, itemsize = ROWS * COLUMNS, dtype.itemsize
+    assert sum([*forward.reads.values(), *forward.writes.values()]) == count * (2 * itemsize + 16)
+    assert sum([*backward.reads.values(), *backward.writes.values()]) == count * (2 * itemsize + 24)
+    assert forward.flops == backward.flops == 4 * count
+    held = 2 * count * itemsize + 256 * (4 * COLUMNS + 13)  # twice the logits, rows in fp32
+    assert recorder.peak == held + ROWS * 5 * 4  # three statistics, their sum, ones
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_local_cross_entropy_is_an_operation_that_torch_can_trust(dtype: torch.dtype) -> None:
+    logits, targets = _operands(dtype)
+    operations = torch.ops.megatron_med
+    torch.library.opcheck(operations.cross_entropy_forward.default, (logits, targets, TRUE))
+    rows = torch.ones(ROWS)
+    torch.library.opcheck(operations.cross_entropy_backward.default, (logits, targets, rows, rows, TRUE))
+
+
+def test_local_cross_entropy_in_float64() -> None:
+    """More rows than are taken at a time, targets on other ranks, padding."""
+    logits, targets = _operands(torch.float32)
+    maximum, total, hit = cross_entropy_forward(logits, targets, TRUE)
+    exact = logits.double()[:, :TRUE].requires_grad_()
+    log_total = exact.logsumexp(-1)
+    torch.testing.assert_close((total.log() + maximum).double(), log_total, rtol=1e-6, atol=1e-6)
+    here = targets >= 0
+    torch.testing.assert_close(hit[here], logits[here, targets[here]])
+    assert not hit[~here].any()
+    (log_total - torch.where(here, exact.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1), 0)).sum().backward()
+    grad = cross_entropy_backward(logits, targets, total.log() + maximum, torch.ones(ROWS), TRUE)
+    assert exact.grad is not None
+    torch.testing.assert_close(grad[:, :TRUE].double(), exact.grad, rtol=1e-5, atol=1e-6)
+    assert not grad[:, TRUE:].any()
