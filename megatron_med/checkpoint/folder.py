@@ -6,7 +6,6 @@ A step is written into ``step-00000020.partial``, described by a manifest with s
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_med.errors import CheckpointError
+from megatron_med.files import PARTIAL, sha256, sync_path, write_json, write_text
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -22,7 +22,6 @@ STATE = "state.json"
 TOKENIZER = "tokenizer"
 CHECKPOINTS = "checkpoints"
 _PREFIX = "step-"
-_PARTIAL = ".partial"
 _DAMAGED = ".damaged"
 _REPLACED = ".replaced"
 
@@ -69,7 +68,7 @@ def step_of(folder: Path) -> int:
 
 def partial_folder(folder: Path) -> Path:
     """Where a step is written before it is committed."""
-    return folder.with_name(folder.name + _PARTIAL)
+    return folder.with_name(folder.name + PARTIAL)
 
 
 def begin(folder: Path) -> Path:
@@ -82,7 +81,7 @@ def begin(folder: Path) -> Path:
 
 def write_state(folder: Path, state: CheckpointState) -> None:
     """Writes ``state.json``."""
-    (folder / STATE).write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+    write_json(folder / STATE, asdict(state))
 
 
 def read_state(folder: Path) -> CheckpointState:
@@ -101,10 +100,10 @@ def commit(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         files: size and sha256 of each file, as ``describe_files`` gives them.
     """
     partial = partial_folder(folder)
-    (partial / MANIFEST).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
+    write_json(partial / MANIFEST, {"files": files})
     for path in partial.rglob("*"):
-        _fsync(path)
-    _fsync(partial)
+        sync_path(path)
+    sync_path(partial)
     replaced = folder.with_name(folder.name + _REPLACED)
     if folder.exists():
         os.replace(folder, replaced)
@@ -115,7 +114,7 @@ def commit(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """Size and sha256 of each named file."""
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
 
 
 def file_names(folder: Path) -> list[str]:
@@ -141,7 +140,7 @@ def prune(checkpoints: Path, keep: int, keep_every: int | None, current: int) ->
 
 def remove_partials(checkpoints: Path) -> None:
     """Removes what crashes left half-written."""
-    for pattern in (f"{_PREFIX}*{_PARTIAL}", f"{_PREFIX}*{_REPLACED}"):
+    for pattern in (f"{_PREFIX}*{PARTIAL}", f"{_PREFIX}*{_REPLACED}"):
         for path in checkpoints.glob(pattern):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -199,7 +198,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
         CheckpointError: there is none, or it is half-written.
     """
     given = Path(path)
-    if given.name.endswith(_PARTIAL) or (
+    if given.name.endswith(PARTIAL) or (
         given.is_dir() and (given / STATE).exists() and not (given / MANIFEST).exists()
     ):
         raise CheckpointError(f"{given} is a half-written checkpoint. {_offer_previous(given)}")
@@ -233,7 +232,7 @@ def check_sizes(folder: Path) -> list[str]:
 def damaged_files(folder: Path, names: list[str]) -> list[str]:
     """Those of ``names`` whose content is not what the manifest says."""
     files = _manifest(folder)
-    return [name for name in names if _sha256(folder / name) != files[name]["sha256"]]
+    return [name for name in names if sha256(folder / name) != files[name]["sha256"]]
 
 
 def damage_error(folder: Path, names: list[str]) -> CheckpointError:
@@ -254,11 +253,8 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _point_latest_to(folder: Path) -> None:
-    latest = folder.parent / (LATEST + _PARTIAL)
-    latest.write_text(folder.name + "\n", encoding="utf-8")
-    _fsync(latest)
-    os.replace(latest, folder.parent / LATEST)
-    _fsync(folder.parent)
+    write_text(folder.parent / LATEST, folder.name + "\n")
+    sync_path(folder.parent)
 
 
 def _previous(folder: Path) -> Path | None:
@@ -274,16 +270,3 @@ def _offer_previous(folder: Path) -> str:
     return (
         f"The one before it is {previous}: write '{previous.name}' into {folder.parent / LATEST} to go on from there."
     )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -38,6 +38,7 @@ from megatron_med.corpus.records import read_records
 from megatron_med.data.merge import merge_datasets
 from megatron_med.data.preprocess import PreprocessOptions, preprocess
 from megatron_med.errors import DataError
+from megatron_med.files import sha256, write_json
 from megatron_med.tokenizer import load_tokenizer
 from megatron_med.tokenizer.special import CORPUS_TOKENS, extend_tokenizer, tokens_of
 
@@ -120,7 +121,7 @@ class Build:
             if self.root.exists() and any(self.root.glob("*-train*")):
                 raise DataError(f"{self.root} holds a corpus whose work/ is gone: name another output, or remove it.")
             self.work.mkdir(parents=True, exist_ok=True)
-            record.write_text(json.dumps(now, indent=1), encoding="utf-8")
+            write_json(record, now, indent=1)
             return
         before = json.loads(record.read_text(encoding="utf-8"))
         changed = sorted(key for key in {*now, *before} if now.get(key) != before.get(key))
@@ -218,7 +219,7 @@ class Build:
         quality = self.recipe.quality
         folder = self.work / "questions"
         counts = {name: write_index(name, item, quality.n_grams, folder) for name, item in quality.questions.items()}
-        (self.work / "questions.json").write_text(json.dumps(counts, indent=1), encoding="utf-8")
+        write_json(self.work / "questions.json", counts, indent=1)
 
     def _finish(self) -> list[Any]:
         removed = self.work / "removed"
@@ -334,7 +335,7 @@ def describe(build: Build) -> dict[str, Any]:
         "inputs": inputs,
         "shards": shards,
         "tokens": [
-            {"file": path.name, "bytes": path.stat().st_size, "sha256": manifest.checksum(path)}
+            {"file": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted(build.root.glob("*.*"))
             if path.suffix in (".bin", ".idx", ".json") and path.name != manifest.FILE_NAME
         ],

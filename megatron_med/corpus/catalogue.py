@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_med.corpus.records import read_records, text_field
 from megatron_med.errors import DataError
+from megatron_med.files import replacing
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,8 @@ def corpus_id(record: dict[str, Any], place: str) -> int:
 
 def write_catalogue(path: Path, entries: Iterable[CatalogueEntry]) -> int:
     """Writes the file in one piece and returns the number of papers; of two entries of one id the first stays."""
-    partial = path.with_suffix(".partial")
-    partial.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(partial)
-    try:
+    with replacing(path) as partial, closing(sqlite3.connect(partial)) as connection:
         connection.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;")
         connection.execute(
             "CREATE TABLE papers "
@@ -65,9 +63,6 @@ def write_catalogue(path: Path, entries: Iterable[CatalogueEntry]) -> int:
         connection.executemany("INSERT OR IGNORE INTO papers VALUES (?, ?, ?, ?, ?, ?)", map(astuple, entries))
         count: int = connection.execute("SELECT count(*) FROM papers").fetchone()[0]
         connection.commit()
-    finally:
-        connection.close()
-    os.replace(partial, path)
     return count
 
 

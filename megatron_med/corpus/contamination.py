@@ -20,6 +20,7 @@ from datatrove.utils.text import TextNormConfig, simplify_text
 from megatron_med.corpus.recipe import Questions
 from megatron_med.corpus.records import read_records
 from megatron_med.errors import DataError
+from megatron_med.files import write_json
 
 BOILERPLATE = 10
 """An n-gram that this many questions of a benchmark share is phrasing ("which of the following is the most ..."); it
@@ -114,7 +115,7 @@ def write_index(name: str, questions: Questions, n_grams: int, folder: Path) -> 
     found = {number for number, grams in enumerate(grams_of) if grams} | set(whole.values())
     folder.mkdir(parents=True, exist_ok=True)
     index = {"benchmark": name, "n_grams": n_grams, "grams": sought, "whole": whole}
-    (folder / f"{name}.json").write_text(json.dumps(index), encoding="utf-8")
+    write_json(folder / f"{name}.json", index, indent=None)
     return {"questions": len(grams_of), "too_short_to_be_found": len(grams_of) - len(found)}
 
 

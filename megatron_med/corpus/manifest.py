@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -14,17 +13,12 @@ from typing import Any
 
 from megatron_med.corpus.records import read_records
 from megatron_med.errors import DataError
+from megatron_med.files import sha256, write_json
 
 FILE_NAME = "manifest.json"
 _ENDS = 1 << 16
 STEPS = ("raw records", "language", "personal data", "contamination", "duplicates", "near duplicates")
 """Steps that a document may be removed by, in order."""
-
-
-def checksum(path: Path) -> str:
-    """sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def code_version() -> str:
@@ -70,16 +64,14 @@ def describe_shard(path: Path, root: Path) -> dict[str, Any]:
         "documents": documents,
         "characters": characters,
         "bytes": path.stat().st_size,
-        "sha256": checksum(path),
+        "sha256": sha256(path),
         "licenses": dict(licenses.most_common()),
     }
 
 
 def write_manifest(root: Path, content: dict[str, Any]) -> None:
     """Writes ``manifest.json`` in one piece."""
-    partial = root / f"{FILE_NAME}.partial"
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, root / FILE_NAME)
+    write_json(root / FILE_NAME, content, indent=1, ensure_ascii=False)
 
 
 def read_manifest(root: Path) -> dict[str, Any]:
@@ -132,7 +124,7 @@ def _differences(root: Path, files: list[dict[str, Any]], sources: Iterable[str]
         path = root / file["file"]
         if not path.is_file():
             yield f"{path} is in {FILE_NAME} and not on disk. {remedy}"
-        elif path.stat().st_size != file["bytes"] or (hashes and checksum(path) != file["sha256"]):
+        elif path.stat().st_size != file["bytes"] or (hashes and sha256(path) != file["sha256"]):
             yield f"{path} is not the file that {FILE_NAME} describes. {remedy}"
     for path in sorted(shard for name in sources for shard in root.glob(f"{name}-*/*.jsonl.zst")):
         if str(path.relative_to(root)) not in known:

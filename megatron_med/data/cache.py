@@ -19,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
+from megatron_med.files import replacing, sha256, write_json
+
 Arrays = dict[str, npt.NDArray[Any]]
 
 _log = logging.getLogger(__name__)
@@ -85,7 +87,7 @@ def _read(entry: Path) -> Arrays | None:
         files = json.loads((entry / "manifest.json").read_text())["files"]
         for name, described in files.items():
             path = entry / f"{name}.npy"
-            if _stamp(path) != described["stamp"] and _sha256(path) != described["sha256"]:
+            if _stamp(path) != described["stamp"] and sha256(path) != described["sha256"]:
                 _log.warning("The index cache entry %s is damaged and is built again.", entry)
                 return None
         return {name: np.load(entry / f"{name}.npy", mmap_mode="r") for name in files}
@@ -97,19 +99,14 @@ def _write(entry: Path, arrays: Arrays, ingredients: Mapping[str, Any]) -> None:
     """Under the entry's lock: whatever half-written folder is there belongs to a builder that is no more."""
     for leftover in entry.parent.glob(f"{entry.name}.*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)
-    partial = entry.with_name(f"{entry.name}.{os.getpid()}.partial")
-    try:
+    with replacing(entry) as partial:
         partial.mkdir()
         for name, array in arrays.items():
             np.save(partial / f"{name}.npy", array)
         paths = {name: partial / f"{name}.npy" for name in arrays}
-        files = {name: {"sha256": _sha256(path), "stamp": _stamp(path)} for name, path in paths.items()}
+        files = {name: {"sha256": sha256(path), "stamp": _stamp(path)} for name, path in paths.items()}
         manifest = {"ingredients": dict(ingredients), "files": files}
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        shutil.rmtree(entry, ignore_errors=True)
-        os.replace(partial, entry)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        write_json(partial / "manifest.json", manifest)
 
 
 def remembered(folder: Path, files: Sequence[Path], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -124,9 +121,7 @@ def remembered(folder: Path, files: Sequence[Path], make: Callable[[], dict[str,
         facts = make()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        partial = entry.with_name(f"{entry.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps({"files": stamps, "facts": facts}))
-        os.replace(partial, entry)
+        write_json(entry, {"files": stamps, "facts": facts})
     except OSError as error:
         _warn(folder, error)
     return facts
@@ -136,8 +131,3 @@ def _stamp(path: Path) -> list[int]:
     """Size and time of the last change, in nanoseconds."""
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from megatron_med.data.indexed import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, token_paths
 from megatron_med.errors import DataError, UserError
+from megatron_med.files import sync, write_json
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _CHUNK = 1 << 20
@@ -105,17 +106,15 @@ class IndexedDatasetWriter:
 
     def save_position(self, position: Any) -> None:
         """Makes what is written so far safe, together with what the caller needs to go on behind it."""
-        _sync(self._bin)
-        _sync(self._sizes)
+        sync(self._bin)
+        sync(self._sizes)
         journal = {
             "ingredients": self._ingredients,
             "documents": self.documents,
             "tokens": self.tokens,
             "position": position,
         }
-        partial = self._journal.with_suffix(".tmp")
-        partial.write_text(json.dumps(journal), encoding="utf-8")
-        os.replace(partial, self._journal)
+        write_json(self._journal, journal, indent=None)
 
     def __enter__(self) -> IndexedDatasetWriter:
         return self
@@ -139,8 +138,8 @@ class IndexedDatasetWriter:
             path.unlink(missing_ok=True)
 
     def _commit(self) -> None:
-        _sync(self._bin)
-        _sync(self._sizes)
+        sync(self._bin)
+        sync(self._sizes)
         partial = _beside(self._bin_path, ".idx.partial")
         with partial.open("wb") as file:
             file.write(MAGIC)
@@ -152,7 +151,7 @@ class IndexedDatasetWriter:
                 file.write((offset + ends - sizes_chunk * np.int64(self._dtype.itemsize)).astype("<i8").tobytes())
             for start in range(0, self.documents + 1, _CHUNK):
                 file.write(np.arange(start, min(start + _CHUNK, self.documents + 1), dtype="<i8").tobytes())
-            _sync(file)
+            sync(file)
         os.replace(self._partial_bin, self._bin_path)
         os.replace(partial, self._idx_path)
 
@@ -175,8 +174,3 @@ def _read_journal(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())

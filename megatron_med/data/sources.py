@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from megatron_med.data.blend import BlendedDataset
 from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.errors import DataError
+from megatron_med.files import sha256, write_json
 from megatron_med.tokenizer import Tokenizer, describe_difference, load_tokenizer
 
 
@@ -29,9 +29,7 @@ def write_side_file(prefix: Path, tokenizer: Tokenizer, counts: dict[str, Any]) 
     described = tokenizer.describe()
     described["paths"] = [os.path.relpath(file.resolve(), folder) for file in tokenizer.files]
     content = {"version": 1, "tokenizer": described, **counts}
-    partial = side_file(prefix).with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, side_file(prefix))
+    write_json(side_file(prefix), content)
 
 
 def read_side_file(prefix: str | Path) -> dict[str, Any] | None:
@@ -68,7 +66,7 @@ def recorded_tokenizer(prefix: str | Path) -> Tokenizer | None:
             raise DataError(
                 f"{side_file(prefix)} names the tokenizer file {file}, which is not there. Set data.tokenizer."
             )
-        if hashlib.sha256(file.read_bytes()).hexdigest() != checksum:
+        if sha256(file) != checksum:
             raise DataError(
                 f"{file} is not the file that {prefix} was tokenized with (its sha256 differs). Set data.tokenizer, "
                 "or tokenize again."

@@ -16,6 +16,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_med.errors import DataError
+from megatron_med.files import sha256
 
 _PROBE = (
     "Tokenizers differ: 37.5 °C, HbA1c 8.1 %, β-blockers (metoprolol 50 mg/d) \u2013 acetylcholinesterase, Crohn's;\n"
@@ -112,7 +113,7 @@ class Tokenizer(ABC):
 
     def file_hashes(self) -> dict[str, str]:
         """sha256 of every file, by name."""
-        return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in self.files}
+        return {file.name: sha256(file) for file in self.files}
 
     def describe(self) -> dict[str, Any]:
         """What is recorded beside data and checkpoints. Equal fingerprints mean equal ids, whatever the files."""

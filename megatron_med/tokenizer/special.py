@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_med.errors import ConfigError
+from megatron_med.files import write_json
 from megatron_med.tokenizer.load import ADDED_TOKENS, HuggingFaceTokenizer, SentencePieceTokenizer, load_tokenizer
 
 CORPUS_TOKENS = (
@@ -77,4 +77,4 @@ def _write_added_tokens(tokenizer: SentencePieceTokenizer, tokens: Sequence[str]
 
 def _write(path: Path, content: dict[str, object] | dict[str, int]) -> None:
     path.unlink(missing_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(path, content)

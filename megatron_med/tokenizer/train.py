@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
 
 from megatron_med.errors import ConfigError
+from megatron_med.files import write_json
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _BYTES = 256
@@ -53,4 +53,4 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tokenizer_config.json", config)

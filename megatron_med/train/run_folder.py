@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from megatron_med.checkpoint.folder import CHECKPOINTS, complete_steps, named_by_latest, remove_partials, set_aside
 from megatron_med.errors import CheckpointError, ConfigError
+from megatron_med.files import remove_leftovers, write_json, write_text
 
 IDENTITY = "run.json"
 METRICS = "metrics.jsonl"
@@ -96,9 +97,11 @@ class RunFolder:
     def begin(self, identity: dict[str, Any], config: str) -> None:
         """Records a start that everything has agreed to; what an earlier end or crash left behind goes."""
         self.write_json(IDENTITY, identity)
-        _replace(self.path / CONFIG, config)
+        write_text(self.path / CONFIG, config)
         (self.path / EXIT).unlink(missing_ok=True)
         remove_partials(self.checkpoints)
+        for folder in (self.path, self.checkpoints):
+            remove_leftovers(folder)
 
     def resume_point(self) -> Path | None:
         """The step that ``latest`` names, whole or not; None where the run has no checkpoint yet."""
@@ -135,7 +138,7 @@ class RunFolder:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue  # a line that a crash cut in half
-        _replace(self.metrics, "".join(f"{line}\n" for line in kept))
+        write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
     def write_exit(self, code: int, reason: str, retry: bool = True) -> None:
         """Records how the run ended, for launch scripts: torchrun itself answers 1 for every failure.
@@ -153,7 +156,7 @@ class RunFolder:
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes a small file in one piece."""
-        _replace(self.path / name, json.dumps(content, indent=2) + "\n")
+        write_json(self.path / name, content)
 
 
 def write_launch_record(code: int, reason: str, retry: bool = True) -> None:
@@ -168,15 +171,6 @@ def write_launch_record(code: int, reason: str, retry: bool = True) -> None:
 def _exit_record(code: int, reason: str, retry: bool) -> dict[str, Any]:
     record: dict[str, Any] = {"code": code, "reason": reason}
     return record if retry else record | {"retry": False}
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "megatron_med"
 LEVELS = {
     "errors": 0,
+    "files": 0,
     "config": 1,
     "kernels": 2,
     "parallel": 3,
@@ -74,6 +75,20 @@ def _module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+def test_files_are_put_in_place_and_hashed_in_one_module() -> None:
+    """Beside it only what is more than a file: the commit of a checkpoint, a token file that a killed run goes on with,
+    a fingerprint of parts of a file."""
+    users: dict[str, set[str]] = {}
+    for path in _files():
+        for word in ("os.replace(", "file_digest("):
+            if word in path.read_text(encoding="utf-8"):
+                users.setdefault(word, set()).add(_module(path).removeprefix("megatron_med."))
+    assert users == {
+        "os.replace(": {"files", "checkpoint.folder", "data.indexed_writer"},
+        "file_digest(": {"files", "data.gpt"},
+    }
+
+
 def test_the_fake_world_stays_out_of_real_runs() -> None:
     """torch's fake backend is of its test suite: one module imports it, for what runs without a cluster on purpose."""
     users = [_module(path) for path in _files() if any(name.startswith("torch.testing") for name in _imports(path))]
@@ -91,6 +106,9 @@ def test_the_fake_world_stays_out_of_real_runs() -> None:
 WITHOUT_TORCH = [
     "megatron_med",
     "megatron_med.errors",
+    "megatron_med.files",
+    "megatron_med.kernels",
+    "megatron_med.kernels.backend",
     "megatron_med.config",
     "megatron_med.tokenizer",
     "megatron_med.tokenizer.train",

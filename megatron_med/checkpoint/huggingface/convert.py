@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -23,6 +21,7 @@ from megatron_med.checkpoint.load import verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
 from megatron_med.config import ModelConfig, model_from_dict
 from megatron_med.errors import CheckpointError, TargetExistsError, refuse_existing
+from megatron_med.files import replacing, write_json
 from megatron_med.model.build import DTYPES
 from megatron_med.parallel.context import single_process_context
 from megatron_med.tokenizer import Tokenizer, describe_difference, load_tokenizer
@@ -115,25 +114,18 @@ def export_huggingface(
     if loaded is not None:
         _check_stored(state, loaded, stored_tokenizer)
 
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with replacing(target) as partial:
+        partial.mkdir(parents=True)
         write_tensors(partial, _exported(step, config, torch_dtype))
         bos = loaded.bos_id if loaded else None
         eos = loaded.eod_id if loaded else None
-        _write_json(partial / "config.json", to_huggingface(config, _HF_DTYPES[torch_dtype], bos, eos))
-        _write_json(partial / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
+        write_json(partial / "config.json", to_huggingface(config, _HF_DTYPES[torch_dtype], bos, eos))
+        write_json(partial / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
         if loaded is not None:
             loaded.copy_to(partial)
             _describe_sentencepiece(loaded, partial)
         if verify:
             verify_logits(partial, step, config, loaded, rounded=torch_dtype)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _exported(step: Path, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -193,17 +185,13 @@ def _describe_sentencepiece(tokenizer: Tokenizer, folder: Path) -> None:
         return
     if (folder / "tokenizer.model").exists():
         tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        _write_json(path, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, **tokens})
+        write_json(path, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, **tokens})
     elif (folder / "merges.txt").exists():
         tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-        _write_json(path, {"tokenizer_class": "GPT2Tokenizer", **tokens})
+        write_json(path, {"tokenizer_class": "GPT2Tokenizer", **tokens})
 
 
 def _clear(target: Path, keep: Path) -> None:
     for path in target.iterdir():
         if path != keep:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_med.errors import CheckpointError
+from megatron_med.files import write_json
 
 SHARD_BYTES = 1_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -105,7 +106,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
     for shard, name in names.items():
         shard.rename(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: names[shard] for name, shard in where.items()}}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / INDEX, index)
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -1,0 +1,79 @@
+"""Files that appear in one piece, checksums and JSON: once, for every package. No torch here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+PARTIAL = ".partial"
+"""Ending of what is not whole yet."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives the name of a file or folder to be written; at the end it takes the place of ``path``.
+
+    Where the writing fails nothing is left of it, and ``path`` stays what it was.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
+    _remove(partial)
+    try:
+        yield partial
+        if partial.is_file():
+            sync_path(partial)
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    finally:
+        _remove(partial)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file in one piece, and waits until the disk has it."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any, indent: int | None = 2, ensure_ascii: bool = True) -> None:
+    """Writes JSON in one piece."""
+    write_text(path, json.dumps(content, indent=indent, ensure_ascii=ensure_ascii) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_path(path: Path) -> None:
+    """Waits until the disk has a file, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync(file: IO[bytes]) -> None:
+    """Waits until the disk has all that was written to an open file."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed processes were about to put in place in a folder that nobody else writes into."""
+    for partial in folder.glob(f"*.[0-9]*{PARTIAL}"):
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,60 @@
+"""Files appear in one piece, or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_med.files import remove_leftovers, replacing, sha256, write_json, write_text
+
+
+def test_what_fails_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "notes.json"
+    write_json(path, {"ü": 1})
+    before = path.read_bytes()
+    assert json.loads(before) == {"ü": 1}
+
+    def fill_the_disk() -> None:
+        with replacing(path) as partial:
+            partial.write_text("half")
+            assert path.read_bytes() == before
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="disk"):
+        fill_the_disk()
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before
+
+
+def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+    for name in ("first", "second"):
+        with replacing(target) as partial:
+            partial.mkdir()
+            write_text(partial / name, name)
+    assert [path.name for path in target.iterdir()] == ["second"]
+
+    def interrupt() -> None:
+        with replacing(target) as partial:
+            partial.mkdir()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (target / "second").read_text() == "second"
+
+
+def test_leftovers_of_killed_processes_are_removed_by_whoever_owns_the_folder(tmp_path: Path) -> None:
+    names = ("latest.71.partial", "run.json.9.partial", "step-00000020.partial", "notes.json")
+    for name in names:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(names[2:])
+
+
+def test_checksums_are_sha256(tmp_path: Path) -> None:
+    write_text(tmp_path / "abc", "abc")
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
