@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import glob
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from megatron_med.config.reader import Reader, read_yaml
 from megatron_med.errors import ConfigError
 from megatron_med.tokenizer.special import TOKEN_SETS
 
@@ -131,19 +127,15 @@ def load_recipe(path: Path) -> CorpusRecipe:
     Raises:
         ConfigError: with every fault.
     """
-    if not path.is_file():
-        raise ConfigError(f"There is no recipe {path}. Give the path of a YAML file.")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}. Mend that line.") from error
-    faults: list[str] = []
-    recipe = _read(CorpusRecipe, tree, "", faults)
+    reader = Reader()
+    recipe = reader.read(CorpusRecipe, read_yaml(path, "recipe"))
+    faults = reader.faults
     if not faults:
+        assert recipe is not None, "what could not be read is told"
         faults = _broken_rules(recipe)
-    if faults:
+    if faults or recipe is None:
         raise ConfigError(faults)
-    return typing.cast(CorpusRecipe, recipe)
+    return recipe
 
 
 def _broken_rules(recipe: CorpusRecipe) -> list[str]:
@@ -194,51 +186,3 @@ def _files(patterns: list[str]) -> list[Path]:
     """In the order of the patterns, sorted within each; a file that two patterns match comes once."""
     found = [Path(name) for pattern in patterns for name in sorted(glob.glob(pattern)) if Path(name).is_file()]
     return list(dict.fromkeys(found))
-
-
-def _read(hint: Any, value: Any, where: str, faults: list[str]) -> Any:
-    """``value`` as the type ``hint`` says; what is wrong is added to ``faults``."""
-    origin, inner = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        if value not in inner:
-            faults.append(f"{where} is {value!r}: one of {', '.join(map(str, inner))} is needed.")
-        return value
-    if type(None) in inner:
-        return None if value is None else _read(inner[0], value, where, faults)
-    if dataclasses.is_dataclass(hint):
-        return _read_section(typing.cast(type, hint), value, where, faults)
-    if origin is dict:
-        if not isinstance(value, dict):
-            faults.append(f"{where} is {value!r}: names with values are needed.")
-            return {}
-        return {str(key): _read(inner[1], item, f"{where}.{key}", faults) for key, item in value.items()}
-    if origin is list:
-        items = value if isinstance(value, list) else [value]
-        return [_read(inner[0], item, f"{where}[{number}]", faults) for number, item in enumerate(items)]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is not Any and (not isinstance(value, hint) or (hint is int and isinstance(value, bool))):
-        faults.append(f"{where} is {value!r}: {hint.__name__} is needed.")
-    return value
-
-
-def _read_section(cls: type, value: Any, where: str, faults: list[str]) -> Any:
-    if not isinstance(value, dict):
-        faults.append(f"{where or 'the recipe'} is {value!r}: keys with values are needed.")
-        return None
-    hints = typing.get_type_hints(cls)
-    prefix = f"{where}." if where else ""
-    for key in value:
-        if key not in hints:
-            close = difflib.get_close_matches(str(key), hints, n=1)
-            faults.append(f"{prefix}{key} is not an option" + (f"; did you mean {close[0]}?" if close else "."))
-    given = {name: _read(hints[name], value[name], f"{prefix}{name}", faults) for name in hints if name in value}
-    missing = [
-        item.name
-        for item in dataclasses.fields(cls)
-        if item.name not in given
-        and item.default is dataclasses.MISSING
-        and item.default_factory is dataclasses.MISSING
-    ]
-    faults += [f"{prefix}{name} is missing." for name in missing]
-    return None if missing else cls(**given)

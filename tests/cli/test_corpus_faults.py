@@ -109,10 +109,10 @@ def test_a_recipe_with_faults_names_them_all(tmp_path: Path, shared: Path) -> No
     done = python("tools/build_corpus.py", path)
     assert done.returncode == 2
     for message in (
-        "sedd is not an option; did you mean seed?",
-        "sources.a.kind is 's2orcc': one of s2orc, s2ag_abstracts",
+        "sedd is not an option: did you mean seed?",
+        "sources.a.kind is 's2orcc': expected one of s2orc, s2ag_abstracts",
         "sources.b.input is missing",
-        "quality.n_grams is 'lots': int is needed",
+        "quality.n_grams is 'lots': expected a whole number",
     ):
         assert message in done.stderr
     path.write_text(

@@ -67,10 +67,10 @@ def test_all_faults_come_together_with_suggestions(tmp_path: Path) -> None:
     for expected in (
         "model.num_layer is not an option: did you mean model.num_layers?",
         "optimiser is not an option: did you mean optimizer?",
-        "data.train: wieght is not an option: did you mean weight?",
+        "data.train[0].wieght is not an option: did you mean data.train[0].weight?",
         "train.step is not an option: did you mean train.steps?",
-        "model.hidden_size is 'wide': Expected a int",
-        "parallel.sharding is 'zero': Expected a value out of 'none', 'optimizer', 'full'",
+        "model.hidden_size is 'wide': expected a whole number.",
+        "parallel.sharding is 'zero': expected one of none, optimizer, full.",
     ):
         assert expected in text
     assert len(faults) == 6
@@ -110,7 +110,7 @@ def test_missing_fields_are_all_named(tmp_path: Path) -> None:
         ({"model": {"preset": "gpt2-tiny", "rope_scaling": {"type": "linear", "factor": 2.0}}}, 8, "learned positions"),
         ({"optimizer": {"clip_grad": float("nan")}}, 8, "optimizer.clip_grad is nan"),
         ({"data": {"train": [{"path": "a", "weight": float("inf")}]}}, 8, "weight of a is inf"),
-        ({"data": {"train": ["a"]}}, 8, "Expected a list such as [{path: PREFIX, weight: 1.0}]"),
+        ({"data": {"train": ["a"]}}, 8, "data.train[0] is 'a': expected keys with values: path, weight."),
     ],
 )
 def test_broken_rule_says_value_rule_and_remedy(
