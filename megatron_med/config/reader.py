@@ -56,13 +56,14 @@ class Reader:
         self.faults: list[str] = []
 
     def read(self, cls: type[T], value: Any, where: str = "") -> T | None:
-        """An object of ``cls``; None where something is wrong with its keys.
+        """An object of ``cls``; None where something is wrong.
 
         Args:
             cls: a dataclass.
             value: names with values.
             where: the name of the section, for messages.
         """
+        before = len(self.faults)
         hints = typing.get_type_hints(cls)
         prefix = f"{where}." if where else ""
         if not isinstance(value, dict):
@@ -72,26 +73,20 @@ class Reader:
             if key not in hints:
                 name = f"{prefix}{key}"
                 close = _closest(name, [*(prefix + hint for hint in hints), *self._known])
-                hint = f": did you mean {close}?" if close else f".{self._when_unknown}"
-                self.faults.append(f"{name} is not an option{hint}")
+                advice = f": did you mean {close}?" if close else f".{self._when_unknown}"
+                self.faults.append(f"{name} is not an option{advice}")
         given: dict[str, Any] = {}
-        complete = True
         for item in dataclasses.fields(cls):  # type: ignore[arg-type]
             name, hint = f"{prefix}{item.name}", hints[item.name]
             if item.name in value:
                 given[item.name] = self._value(hint, value[item.name], name)
             elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
-                complete = False
                 if dataclasses.is_dataclass(hint):
                     self.read(typing.cast(type, hint), {}, name)  # tells what is missing in it
                 else:
                     self.faults.append(f"{name} is missing{self._when_missing}.")
-        return cls(**given) if complete and None not in self._sections(hints, given) else None
-
-    @staticmethod
-    def _sections(hints: dict[str, Any], given: dict[str, Any]) -> list[Any]:
-        """Values that are dataclasses: None among them could not be read."""
-        return [value for name, value in given.items() if dataclasses.is_dataclass(hints[name])]
+        # What follows from other fields is computed when it is made: not from faulty ones.
+        return cls(**given) if len(self.faults) == before else None
 
     def _value(self, hint: Any, value: Any, where: str) -> Any:
         """``value`` as the type ``hint`` says."""

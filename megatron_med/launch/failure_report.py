@@ -14,6 +14,8 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 _POLL_SECONDS = 0.1
+_WORDS = ("gloo", "Gloo", "NCCL", "c10d", "pair closure")
+"""In the messages of collectives that fail; the last one where another collective of the group has timed out first."""
 _STORE_PATIENCE = timedelta(seconds=2)
 
 
@@ -38,7 +40,7 @@ def is_connection_failure(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, (dist.DistError, CheckpointException)):
             return True
-        if type(seen) is RuntimeError and any(word in str(seen) for word in ("gloo", "Gloo", "NCCL", "c10d")):
+        if type(seen) is RuntimeError and any(word in str(seen) for word in _WORDS):
             return True
         seen = seen.__cause__ or seen.__context__
     return False
