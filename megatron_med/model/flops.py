@@ -1,9 +1,17 @@
-"""Counts of parameters and floating-point operations."""
+"""Counts of parameters and floating-point operations, and how many of the latter an accelerator does."""
 
 from __future__ import annotations
 
 from megatron_med.config import ModelConfig
 from megatron_med.config.layers import layer_cost
+
+PEAK_FLOPS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+"""Dense bf16 FLOP/s by the name of the accelerator, from NVIDIA's data sheets (SXM)."""
 
 
 def parameter_count(config: ModelConfig) -> int:

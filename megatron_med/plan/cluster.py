@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_med.errors import ConfigError
+from megatron_med.model.flops import PEAK_FLOPS
 
 GIB = 2**30
 
@@ -90,10 +91,10 @@ _HOPPER: dict[str, Any] = {
 KINDS = {
     kind.name: kind
     for kind in (
-        Accelerator("a100-80g", 312e12, 79.1 * GIB, 2.039e12, 108, 0.824, 300e9),
-        Accelerator("a100-40g", 312e12, 39.4 * GIB, 1.555e12, 108, 0.824, 300e9),
-        Accelerator("h100-80g", 989e12, 79.1 * GIB, 3.35e12, 132, 0.76, 450e9, **_HOPPER),
-        Accelerator("h200", 989e12, 139.8 * GIB, 4.8e12, 132, 0.76, 450e9, **_HOPPER),
+        Accelerator("a100-80g", PEAK_FLOPS["A100"], 79.1 * GIB, 2.039e12, 108, 0.824, 300e9),
+        Accelerator("a100-40g", PEAK_FLOPS["A100"], 39.4 * GIB, 1.555e12, 108, 0.824, 300e9),
+        Accelerator("h100-80g", PEAK_FLOPS["H100"], 79.1 * GIB, 3.35e12, 132, 0.76, 450e9, **_HOPPER),
+        Accelerator("h200", PEAK_FLOPS["H200"], 139.8 * GIB, 4.8e12, 132, 0.76, 450e9, **_HOPPER),
     )
 }
 

@@ -11,14 +11,7 @@ import torch
 
 from megatron_med.config.schema import Config
 from megatron_med.errors import ConfigError
-
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-}
-"""Dense bf16 FLOP/s by device name, from NVIDIA's data sheets (SXM)."""
+from megatron_med.model.flops import PEAK_FLOPS
 
 Metrics = dict[str, Any]
 

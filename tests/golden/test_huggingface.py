@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from megatron_med.checkpoint.folder import read_state, resolve_checkpoint
 from megatron_med.checkpoint.huggingface.convert import export_huggingface, import_huggingface
 from megatron_med.checkpoint.huggingface.files import open_tensors
-from megatron_med.checkpoint.huggingface.verify import our_logits
+from megatron_med.checkpoint.huggingface.verify import checkpoint_logits
 from megatron_med.checkpoint.load import load_weights
 from megatron_med.config import ParallelConfig, model_from_dict
 from megatron_med.errors import CheckpointError, TargetExistsError
@@ -116,7 +116,7 @@ def test_import_logits_export_round_trip(name: str, tmp_path: Path) -> None:
     ids = torch.randint(config.vocab_size, (2, 100), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(ids).logits
-    np.testing.assert_allclose(our_logits(step, config, ids).numpy(), expected.numpy(), atol=1e-4)
+    np.testing.assert_allclose(checkpoint_logits(step, config, ids).numpy(), expected.numpy(), atol=1e-4)
 
     export_huggingface(tmp_path / "checkpoint", tmp_path / "back", verify=True)
     before, after = load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
@@ -167,7 +167,7 @@ def test_verification_refuses_wrong_weights(tmp_path: Path, monkeypatch: pytest.
     import megatron_med.checkpoint.huggingface.mapping as mapping
 
     broken = tuple(
-        entry if "gate_up" not in entry.ours else mapping.Entry(entry.ours, entry.theirs, ("up", "gate"))
+        entry if "gate_up" not in entry.name else mapping.Entry(entry.name, entry.hf_names, ("up", "gate"))
         for entry in mapping.TABLES["llama"]
     )
     monkeypatch.setitem(mapping.TABLES, "llama", broken)
@@ -259,4 +259,4 @@ def test_hub_spelling_without_prefix_is_found(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(ids).logits.numpy()
     config = model_from_dict(read_state(step).model)
-    np.testing.assert_allclose(our_logits(step, config, ids).numpy(), expected, atol=1e-4)
+    np.testing.assert_allclose(checkpoint_logits(step, config, ids).numpy(), expected, atol=1e-4)

@@ -46,16 +46,16 @@ def import_huggingface(
     Returns:
         The step folder.
     """
-    theirs = from_huggingface(read_config(source))
+    pretrained = from_huggingface(read_config(source))
     _refuse_overlap(source, target)
     refuse_existing(target, overwrite)
-    loaded = _tokenizer_of(source, tokenizer, theirs)
-    config = replace(theirs, vocab_size=max(theirs.vocab_size, loaded.vocab_size if loaded else 0))
+    loaded = _tokenizer_of(source, tokenizer, pretrained)
+    config = replace(pretrained, vocab_size=max(pretrained.vocab_size, loaded.vocab_size if loaded else 0))
     final = folders.step_folder(target, 0)
     created = not target.exists()
     partial = folders.begin(final)
     try:
-        precision = _write_weights(source, partial, config, theirs.vocab_size)
+        precision = _write_weights(source, partial, config, pretrained.vocab_size)
         state = CheckpointState(
             model=asdict(config),
             tokenizer=loaded.describe() if loaded else None,
@@ -65,7 +65,7 @@ def import_huggingface(
         if loaded is not None:
             loaded.copy_to(partial / folders.TOKENIZER)
         if verify:
-            verify_logits(source, partial, config, loaded, compared=theirs.vocab_size)
+            verify_logits(source, partial, config, loaded, compared=pretrained.vocab_size)
         if overwrite:
             _clear(target, keep=partial)
         folders.commit(final, folders.describe_files(partial, folders.file_names(partial)))
@@ -83,9 +83,9 @@ def _write_weights(source: Path, partial: Path, config: ModelConfig, rows: int) 
     with open_tensors(source) as files:
         maps = list(tensor_maps(config))
         for tensor_map in maps:
-            _check_shapes(tensor_map, [files.shape(name) for name in tensor_map.theirs], rows)
-        specs = {m.layout.name: (m.layout.global_shape, files.dtype(m.theirs[0])) for m in maps}
-        make = {m.layout.name: (lambda m=m: m.to_ours(files.read)) for m in maps}
+            _check_shapes(tensor_map, [files.shape(name) for name in tensor_map.hf_names], rows)
+        specs = {m.layout.name: (m.layout.global_shape, files.dtype(m.hf_names[0])) for m in maps}
+        make = {m.layout.name: (lambda m=m: m.to_canonical(files.read)) for m in maps}
         write_streaming(partial, specs, make)
     return _NAMES.get(specs["embedding.word.weight"][1], "fp32")
 
@@ -132,7 +132,7 @@ def _exported(step: Path, config: ModelConfig, dtype: torch.dtype) -> Iterator[t
     reader = Reader(step)
     for tensor_map in tensor_maps(config):
         tensor = reader.read(tensor_map.layout.name).to(dtype)
-        yield from tensor_map.to_theirs(tensor).items()
+        yield from tensor_map.to_hf(tensor).items()
 
 
 def _tokenizer_of(source: Path, override: str | None, config: ModelConfig) -> Tokenizer | None:
@@ -156,7 +156,7 @@ def _check_stored(state: CheckpointState, loaded: Tokenizer, folder: Path) -> No
 
 
 def _check_shapes(tensor_map: TensorMap, shapes: list[tuple[int, ...]], rows: int) -> None:
-    name, shape = tensor_map.theirs[0], shapes[0]
+    name, shape = tensor_map.hf_names[0], shapes[0]
     if tensor_map.entry.vocabulary:
         if shape[0] != rows:
             raise CheckpointError(
@@ -173,8 +173,8 @@ def _check_shapes(tensor_map: TensorMap, shapes: list[tuple[int, ...]], rows: in
 
 def _refuse_overlap(source: Path, target: Path) -> None:
     """Replacing what is read, or a folder around it, would destroy it."""
-    ours, theirs = target.resolve(), source.resolve()
-    if ours == theirs or ours in theirs.parents:
+    replaced, read = target.resolve(), source.resolve()
+    if replaced == read or replaced in read.parents:
         raise TargetExistsError(f"--to {target} holds {source}, which is read: name another target.")
 
 

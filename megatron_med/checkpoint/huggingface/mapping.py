@@ -20,15 +20,15 @@ class Entry:
     """One canonical tensor and the Hugging Face tensors it is made of.
 
     Attributes:
-        ours: canonical name; ``{i}`` is the layer.
-        theirs: Hugging Face names. Several of them hold one named part of the layout each.
+        name: canonical name; ``{i}`` is the layer.
+        hf_names: Hugging Face's names. Several of them hold one named part of the layout each.
         parts: named parts of the layout in the order in which Hugging Face's rows come.
         transposed: Hugging Face keeps ``[in, out]`` (GPT-2's Conv1D).
         vocabulary: rows beyond the true vocabulary are padding and never leave.
     """
 
-    ours: str
-    theirs: tuple[str, ...]
+    name: str
+    hf_names: tuple[str, ...]
     parts: tuple[str, ...] = ()
     transposed: bool = False
     vocabulary: bool = False
@@ -92,22 +92,22 @@ class TensorMap:
     """An entry of one layer, with the layout of our tensor."""
 
     layout: ParameterLayout
-    theirs: tuple[str, ...]
+    hf_names: tuple[str, ...]
     entry: Entry
     vocab_size: int
 
-    def to_ours(self, read: Callable[[str], Tensor]) -> Tensor:
+    def to_canonical(self, read: Callable[[str], Tensor]) -> Tensor:
         """Reads Hugging Face tensors and makes the canonical one."""
-        pieces = [read(name) for name in self.theirs]
+        pieces = [read(name) for name in self.hf_names]
         rows = torch.cat([piece.t() if self.entry.transposed else piece for piece in pieces])
         if self.entry.vocabulary:
-            rows = torch.cat([rows, new_rows(rows, self.vocab_size - rows.shape[0], self.entry.ours)])
+            rows = torch.cat([rows, new_rows(rows, self.vocab_size - rows.shape[0], self.entry.name)])
             rows = torch.cat([rows, rows.new_zeros(self.layout.global_shape[0] - rows.shape[0], *rows.shape[1:])])
         if self.entry.parts:
             rows = torch.empty_like(rows).index_copy_(0, self._order(), rows)
         return rows.reshape(self.layout.global_shape).contiguous()
 
-    def to_theirs(self, tensor: Tensor) -> dict[str, Tensor]:
+    def to_hf(self, tensor: Tensor) -> dict[str, Tensor]:
         """Cuts the canonical tensor into Hugging Face's."""
         rows = tensor
         if self.entry.parts:
@@ -116,9 +116,9 @@ class TensorMap:
         if self.entry.vocabulary:
             rows = rows[: self.vocab_size]
         sizes = [rows.shape[0]]
-        if len(self.theirs) > 1:
+        if len(self.hf_names) > 1:
             sizes = [len(self.layout.parts[part]) for part in self.entry.parts]
-        pieces = zip(self.theirs, rows.split(sizes), strict=True)
+        pieces = zip(self.hf_names, rows.split(sizes), strict=True)
         return {name: (piece.t() if self.entry.transposed else piece).contiguous() for name, piece in pieces}
 
     def _order(self) -> Tensor:
@@ -143,11 +143,11 @@ def tensor_maps(config: ModelConfig) -> Iterator[TensorMap]:
     stage = build_stage(config, single_process_context(torch.device("meta")), torch.float32)
     layouts = {layout.name: layout for layout, _ in parameters_with_layout(stage)}
     table = TABLES[config.family]
-    layered = [entry for entry in table if "{i}" in entry.ours]
-    once = [entry for entry in table if "{i}" not in entry.ours and entry.ours in layouts]
+    layered = [entry for entry in table if "{i}" in entry.name]
+    once = [entry for entry in table if "{i}" not in entry.name and entry.name in layouts]
     for entry in once:
-        yield TensorMap(layouts[entry.ours], entry.theirs, entry, config.vocab_size)
+        yield TensorMap(layouts[entry.name], entry.hf_names, entry, config.vocab_size)
     for layer in range(config.num_layers):
         for entry in layered:
-            layout = layouts[entry.ours.format(i=layer)]
-            yield TensorMap(layout, tuple(name.format(i=layer) for name in entry.theirs), entry, config.vocab_size)
+            layout = layouts[entry.name.format(i=layer)]
+            yield TensorMap(layout, tuple(name.format(i=layer) for name in entry.hf_names), entry, config.vocab_size)

@@ -41,7 +41,7 @@ def verify_logits(
         config: the model.
         tokenizer: makes the ids.
         rounded: type that the Hugging Face weights were rounded to.
-        compared: logits of this many first tokens are compared; ours may know more than theirs.
+        compared: logits of this many first tokens are compared; the checkpoint may have more tokens.
 
     Returns:
         The largest difference of a logit.
@@ -56,13 +56,13 @@ def verify_logits(
         raise CheckpointError("--verify needs transformers: pip install 'megatron_med[verify]'.") from error
     transformers_logging.disable_progress_bar()
     ids = _ids(config, tokenizer)
-    theirs_model = AutoModelForCausalLM.from_pretrained(huggingface, dtype=torch.float32).eval()
+    hf_model = AutoModelForCausalLM.from_pretrained(huggingface, dtype=torch.float32).eval()
     with torch.no_grad():
-        theirs = theirs_model(ids).logits.float()
-    del theirs_model
-    ours = our_logits(checkpoint, config, ids, rounded)[..., :compared]
-    difference = (ours - theirs).abs().max().item()
-    limit = TOLERANCE * max(1.0, theirs.abs().max().item())
+        hf_logits = hf_model(ids).logits.float()
+    del hf_model
+    logits = checkpoint_logits(checkpoint, config, ids, rounded)[..., :compared]
+    difference = (logits - hf_logits).abs().max().item()
+    limit = TOLERANCE * max(1.0, hf_logits.abs().max().item())
     if not difference <= limit:
         raise CheckpointError(
             f"The logits differ by up to {difference:.3g} (limit {limit:.3g}) between {huggingface} and {checkpoint}: "
@@ -73,7 +73,9 @@ def verify_logits(
 
 
 @torch.no_grad()
-def our_logits(checkpoint: Path, config: ModelConfig, ids: Tensor, rounded: torch.dtype = torch.float32) -> Tensor:
+def checkpoint_logits(
+    checkpoint: Path, config: ModelConfig, ids: Tensor, rounded: torch.dtype = torch.float32
+) -> Tensor:
     """fp32 logits ``[batch, seq, vocabulary]`` of a checkpoint on one process."""
     context = single_process_context()
     stage = build_stage(config, context, torch.float32)
