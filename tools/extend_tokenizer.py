@@ -1,4 +1,4 @@
-"""Adds special tokens behind a tokenizer's vocabulary and writes the result as a folder."""
+"""Adds special tokens after a tokenizer's vocabulary and writes the result as a folder."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _plan(arguments: argparse.Namespace, options: list[str], cluster: Cluster, k
 
 def _check_precision(config: Config) -> None:
     if config.precision == "fp32":
-        raise ConfigError("precision is fp32: clusters are priced for half precision. Pass --precision bf16.")
+        raise ConfigError("precision is fp32: the figures of clusters are for half precision. Pass --precision bf16.")
 
 
 _ANY_CUT = {

@@ -39,7 +39,7 @@ def main() -> None:
     summary = preprocess(options)
     documents, words = max(1, summary.documents), max(1, summary.words)
     if summary.resumed_at:
-        print(f"went on behind {summary.resumed_at:,} documents of an earlier run")
+        print(f"went on after {summary.resumed_at:,} documents of an earlier run")
     print(
         f"{options.output_prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens, "
         f"{summary.tokens / documents:,.1f} tokens per document, fertility {summary.tokens / words:.3f} tokens per "

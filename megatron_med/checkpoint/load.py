@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.checkpoint.storage import Reader, load_entries
-from megatron_med.checkpoint.views import moment_name, state_slices, state_views, weight_views
+from megatron_med.checkpoint.views import moment_name, state_shards, state_views, weight_views
 from megatron_med.config import ModelConfig
 from megatron_med.errors import CheckpointError
 from megatron_med.optim.optimizer import MOMENTS, Optimizer
@@ -65,11 +65,11 @@ def load_optimizer(
         moments: whether to load them, too.
         without: parameters whose moments are not there, since they were frozen.
     """
-    slices = state_slices(optimizer, moments)
+    shards = state_shards(optimizer, moments)
     for name in without:
         for moment in MOMENTS:
-            slices.pop(moment_name(moment, name), None)
-    _load(state_views(slices, optimizer, context), folder)
+            shards.pop(moment_name(moment, name), None)
+    _load(state_views(shards, optimizer, context), folder)
 
 
 def load_weights(folder: Path, module: nn.Module, context: ParallelContext) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.folder import CheckpointState
-from megatron_med.checkpoint.views import state_slices, state_views
+from megatron_med.checkpoint.views import state_shards, state_views
 from megatron_med.errors import CheckpointError
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.collectives import gather_objects
@@ -44,7 +44,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written, e.g. the disk is full; earlier checkpoints are untouched.
     """
-    entries = state_views(state_slices(optimizer), optimizer, context)
+    entries = state_views(state_shards(optimizer), optimizer, context)
     _write(target, entries, context.world, state, tokenizer)
 
 
@@ -83,12 +83,12 @@ class CheckpointSaver:
     ) -> None:
         """Copies the state, and begins to write it once the save before is done; see ``save_checkpoint``."""
         self.wait()
-        slices = state_slices(optimizer)
+        shards = state_shards(optimizer)
         if not self._asynchronous:
-            self._write(target, slices, optimizer, state, tokenizer)
+            self._write(target, shards, optimizer, state, tokenizer)
             return
         frozen = {item.layout.name for item in optimizer.frozen}
-        arguments = target, self._stage(slices, frozen), optimizer, state, tokenizer
+        arguments = target, self._stage(shards, frozen), optimizer, state, tokenizer
         self._thread = threading.Thread(target=self._write_and_remember, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -105,11 +105,11 @@ class CheckpointSaver:
             failure, self._failure = self._failure, None
             raise failure
 
-    def _stage(self, slices: dict[str, Tensor], frozen: set[str]) -> dict[str, Tensor]:
+    def _stage(self, shards: dict[str, Tensor], frozen: set[str]) -> dict[str, Tensor]:
         """Copies in host memory, pinned where the tensors are on a GPU. The buffers serve every save. Frozen weights
         never change, so they are written from where they lie."""
-        staged = {name: tensor for name, tensor in slices.items() if name in frozen}
-        for name, tensor in slices.items():
+        staged = {name: tensor for name, tensor in shards.items() if name in frozen}
+        for name, tensor in shards.items():
             if name in frozen:
                 continue
             buffer = self._staged.get(name)
@@ -130,12 +130,12 @@ class CheckpointSaver:
     def _write(
         self,
         target: Path,
-        slices: dict[str, Tensor],
+        shards: dict[str, Tensor],
         optimizer: Optimizer,
         state: CheckpointState,
         tokenizer: Tokenizer | None,
     ) -> None:
-        _write(target, state_views(slices, optimizer, self._context), self._world, state, tokenizer)
+        _write(target, state_views(shards, optimizer, self._context), self._world, state, tokenizer)
         if self._world.is_first:
             self._on_commit(target)
 

@@ -1,4 +1,4 @@
-"""Local slices seen as the global tensors they are cut from, for saving and loading only."""
+"""Local shards seen as the global tensors they are cut from, for saving and loading only."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class GlobalViews:
                 device_type or context.device.type, ranks, mesh_dim_names=("tp", "fsdp"), _init_backend=False
             )
 
-    def of_piece(self, local: Tensor, layout: ParameterLayout) -> Tensor:
-        """A tensor-parallel piece, whole on every data-parallel rank."""
+    def of_parameter(self, local: Tensor, layout: ParameterLayout) -> Tensor:
+        """A tensor-parallel shard, whole on every data-parallel rank."""
         return self._view(local, layout, Replicate())
 
-    def of_slice(self, local: Tensor, layout: ParameterLayout, sharded: bool) -> Tensor:
-        """An optimizer's slice: the tensor-parallel piece cut again along the declared dimension."""
+    def of_shard(self, local: Tensor, layout: ParameterLayout, sharded: bool) -> Tensor:
+        """A data-parallel shard: the tensor-parallel one cut again along the declared dimension."""
         return self._view(local, layout, Shard(layout.dp_dim) if sharded else Replicate())
 
     def _view(self, local: Tensor, layout: ParameterLayout, over_dp: Placement) -> Tensor:
@@ -46,23 +46,23 @@ class GlobalViews:
 def weight_views(module: nn.Module, context: ParallelContext) -> dict[str, Tensor]:
     """A stage's parameters by canonical name."""
     views = GlobalViews(context)
-    return {layout.name: views.of_piece(parameter, layout) for layout, parameter in parameters_with_layout(module)}
+    return {layout.name: views.of_parameter(parameter, layout) for layout, parameter in parameters_with_layout(module)}
 
 
-def state_slices(optimizer: Optimizer, moments: bool = True) -> dict[str, Tensor]:
+def state_shards(optimizer: Optimizer, moments: bool = True) -> dict[str, Tensor]:
     """This rank's part of all that training needs, by name: fp32 master weights and frozen weights by canonical name,
     AdamW's moments as ``optimizer.<moment>.<name>``. Memory is shared, never copied.
 
-    Empty slices (a dimension shorter than the ranks) are left out.
+    Empty shards (a dimension shorter than the ranks) are left out.
     """
-    slices = {item.layout.name: item.weight for item in optimizer.frozen if item.weight.numel()}
+    shards = {item.layout.name: item.weight for item in optimizer.frozen if item.weight.numel()}
     for item in optimizer.owned:
         if item.master.numel() == 0:
             continue
-        slices[item.layout.name] = item.master.detach()
+        shards[item.layout.name] = item.master.detach()
         for moment in MOMENTS if moments else ():
-            slices[moment_name(moment, item.layout.name)] = optimizer.moment(item, moment)
-    return slices
+            shards[moment_name(moment, item.layout.name)] = optimizer.moment(item, moment)
+    return shards
 
 
 def moment_name(moment: str, parameter: str) -> str:
@@ -70,11 +70,11 @@ def moment_name(moment: str, parameter: str) -> str:
     return f"optimizer.{moment}.{parameter}"
 
 
-def state_views(slices: dict[str, Tensor], optimizer: Optimizer, context: ParallelContext) -> dict[str, Tensor]:
-    """``state_slices``, or copies of them, as global tensors."""
-    by_device = {tensor.device.type: GlobalViews(context, tensor.device.type) for tensor in slices.values()}
+def state_views(shards: dict[str, Tensor], optimizer: Optimizer, context: ParallelContext) -> dict[str, Tensor]:
+    """``state_shards``, or copies of them, as global tensors."""
+    by_device = {tensor.device.type: GlobalViews(context, tensor.device.type) for tensor in shards.values()}
     layouts = {item.layout.name: (item.layout, item.is_sharded) for item in optimizer.frozen}
     for item in optimizer.owned:
         names = [item.layout.name, *(moment_name(moment, item.layout.name) for moment in MOMENTS)]
         layouts |= dict.fromkeys(names, (item.layout, optimizer.is_sharded))
-    return {name: by_device[tensor.device.type].of_slice(tensor, *layouts[name]) for name, tensor in slices.items()}
+    return {name: by_device[tensor.device.type].of_shard(tensor, *layouts[name]) for name, tensor in shards.items()}

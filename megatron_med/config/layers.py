@@ -22,7 +22,7 @@ def head_cost(model: ModelConfig) -> int:
 
 
 def split_layers(model: ModelConfig, stages: int) -> list[int]:
-    """Number of layers of each stage, so that the dearest stage is as cheap as possible.
+    """Number of layers of each stage, so that the costliest stage costs as little as possible.
 
     The head weighs its matrix product on the last stage. The embedding is a lookup without arithmetic; its
     weight in memory is counted as a tenth of the head's cost on the first stage, which settles ties.

@@ -30,7 +30,7 @@ class RopeScaling:
 
 @dataclass
 class ModelConfig:
-    """Shape of the model. A preset fills these fields; fields given beside it win."""
+    """Shape of the model. A preset fills these fields; fields that are given win over it."""
 
     family: Literal["llama", "gpt2"]
     """llama: RMSNorm, rotary positions, SwiGLU. gpt2: LayerNorm, learned positions, GELU, biases."""
@@ -89,14 +89,14 @@ class ModelConfig:
 
 @dataclass
 class OverlapConfig:
-    """Communication that runs beside computation. All on; turning one off is for measuring."""
+    """Communication that runs while the device computes. All on; turning one off is for measuring."""
 
     gradient_reduce: bool = True
     """Reduce gradient buckets under the last backward pass."""
     weight_gather: bool = True
     """Gather updated weights under the next forward pass."""
     tensor: bool = True
-    """Gather and reduce-scatter the sequence beside the products of the backward pass."""
+    """Gather and reduce-scatter the sequence during the products of the backward pass."""
     pipeline: bool = True
     """Ask for what the next pass needs before the current one computes. Sends are never waited for: in an interleaved
     pipeline two stages may send to each other at once."""
@@ -126,7 +126,7 @@ class ParallelConfig:
     """Layers of each stage, first to last (with virtual stages: of each chunk, in the order of the model). null: cut by
     cost, embedding and head weighing in."""
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
-    """Communication beside computation."""
+    """Communication during computation."""
 
     @property
     def model_ranks(self) -> int:

@@ -63,13 +63,16 @@ class Build:
 
     def stages(self) -> list[Stage]:
         """Every stage in order."""
+        # What records are looked up in comes before they are read.
         stages = self._catalogue()
         if self.recipe.quality.questions:
             stages.append(Stage("questions", [self._index_questions], 1))
+        # Each raw file by itself, then what needs all of them: which copy of a document stays.
         stages += map(self._extract, self.recipe.sources)
         stages.append(Stage("duplicates", [self._find_key_duplicates], 1))
         if self.recipe.quality.near_duplicates:
             stages += self._near_duplicates()
+        # Documents are drawn into splits only now, so that no copy of a training document is held out.
         stages.append(Stage("finish", self._finish(), len(self.shards)))
         return [*stages, *self._tokenize(), Stage("manifest", [self._write_manifest], 1)]
 
@@ -92,7 +95,8 @@ class Build:
         for number, stage in enumerate(stages):
             before = stages[:number]
             if stage.name in ("questions", "tokenizer"):
-                continue
+                continue  # they read no other stage's files
+            # Sources are extracted independently: one needs only what its records are looked up in.
             source = self.recipe.sources.get(stage.name.removeprefix("extract-"))
             if source is not None:
                 needed = ("catalogue", "questions") if source.catalogue else ("questions",)
@@ -106,6 +110,7 @@ class Build:
     def fingerprint(self) -> dict[str, Any]:
         """Everything that the text depends on: the recipe without its execution, and the files by name and size."""
         plain = dataclasses.asdict(self.recipe)
+        # The same corpus may be built by other executors, and its folder may move.
         del plain["execution"], plain["output"]
         files = [*self.recipe.catalogue_inputs(), *(file for files in self.inputs.values() for file in files)]
         files += [Path(questions.path) for questions in self.recipe.quality.questions.values()]
@@ -115,6 +120,7 @@ class Build:
         return plain
 
     def _check_same_build(self) -> None:
+        # datatrove skips tasks that it has finished, whatever they were of: another recipe must not find them.
         record = self.work / "recipe.json"
         now = self.fingerprint()
         if not record.is_file():
@@ -158,6 +164,8 @@ class Build:
             self.recipe.seed,
             self.recipe.bad_records == "skip",
         )
+        # Cheap filters first: what they remove is never looked up among the questions. Duplicates are found later by
+        # keys that are written here, of the documents that are left.
         steps: list[Any] = [reader]
         if quality.language:
             steps.append(
@@ -173,6 +181,7 @@ class Build:
         return Stage(f"extract-{name}", steps, len(self.inputs[name]))
 
     def _find_key_duplicates(self, _data: Any, _rank: int, _world_size: int) -> None:
+        # The first stage that sees every source: an empty one is a mistake that hours of work would hide.
         for name in self.recipe.sources:
             self._check_not_empty(name)
         find_key_duplicates(self._keys(), self.work / "same")
@@ -200,6 +209,7 @@ class Build:
     def _near_duplicates(self) -> list[Stage]:
         config = minhash_config(self.recipe.seed)
         signatures, pairs = str(self.work / "minhash" / "signatures"), str(self.work / "minhash" / "pairs")
+        # Exact copies are left out of the search: each would be a pair of its own.
         signing = [
             ShardReader(self._extracted(), self._keys()),
             DropListed(self.work / "same", self.shards),
@@ -207,6 +217,7 @@ class Build:
         ]
         return [
             Stage("near-signatures", signing, len(self.shards)),
+            # datatrove wants one task a bucket.
             Stage("near-pairs", [MinhashDedupBuckets(signatures, pairs, config=config)], config.num_buckets),
             Stage("near-groups", [self._find_near_duplicates], 1),
         ]
@@ -222,6 +233,7 @@ class Build:
         write_json(self.work / "questions.json", counts, indent=1)
 
     def _finish(self) -> list[Any]:
+        # Text was written before duplicates were known: it is read again, without those that go.
         removed = self.work / "removed"
         steps: list[Any] = [
             ShardReader(self._extracted(), self._keys()),
@@ -256,6 +268,7 @@ class Build:
     def _tokenize(self) -> list[Stage]:
         if self.recipe.tokenization is None:
             return []
+        # One task a shard and split, joined afterwards: the tokens are in the order of the shards, however many workers.
         return [
             Stage("tokenizer", [self._extend_tokenizer], 1),
             Stage("tokenize", [self._tokenize_piece], len(self._pieces())),
@@ -278,8 +291,9 @@ class Build:
         assert settings is not None, "this stage is planned only where a tokenizer is named"
         name, split, number = self._pieces()[rank]
         text = self.root / f"{name}-{split}" / f"{number:05d}.jsonl.zst"
+        # Only papers hold the markers as markup; elsewhere they are text like any other.
         has_markup = "gap_replay" in settings.tokens and self.recipe.sources[name].kind == "s2orc"
-        if text.exists():
+        if text.exists():  # a shard of which nothing was left has no file
             options = PreprocessOptions(
                 [text],
                 self._piece_prefix(name, split, number),
@@ -309,6 +323,7 @@ def describe(build: Build) -> dict[str, Any]:
     """The manifest's content: sources, what each step did to each raw file, every shard of the corpus."""
     recipe = build.recipe
     inputs, shards = [], []
+    # A raw file is one task of extracting and one of finishing: their logs together say where its documents went.
     for number, shard in enumerate(build.shards):
         name, raw = shard.split("/")
         path = build.inputs[name][int(raw)]

@@ -39,7 +39,7 @@ _REFERENCE_SECTION = re.compile(
 def clean_guideline(text: str, title: str | None) -> str:
     """A guideline without links, reference marks, reference lists and page furniture.
 
-    Headings are renumbered to begin at one ``#`` and end at three, each behind an empty line; every bullet is ``- ``,
+    Headings are renumbered to begin at one ``#`` and end at three, each after an empty line; every bullet is ``- ``,
     one item a line. ``title`` goes first where the text does not begin with it.
     """
     text = html.unescape(_TAG.sub("", _LINK_TARGET.sub("", text)))

@@ -88,7 +88,7 @@ class Tokenization:
     tokenizer: str
     """As tools/preprocess_data.py takes it."""
     tokens: list[str] = field(default_factory=lambda: ["gap_replay"])
-    """Sets of tokens added behind the vocabulary: gap_replay, chatml."""
+    """Sets of tokens added after the vocabulary: gap_replay, chatml."""
     append_eod: bool = True
     """End each document with the end-of-document id."""
 

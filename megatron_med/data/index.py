@@ -54,7 +54,7 @@ def shuffled_range(count: int, rng: np.random.RandomState) -> Order:
 def build_sample_index(sizes: npt.NDArray[np.int32], document_order: Order, sequence_length: int) -> Int64Array:
     """Where each sample begins: ``[samples + 1, 2]``, (position in document_order, token offset).
 
-    A sample is ``sequence_length`` tokens and the one behind them, which the next sample begins with. The last
+    A sample is ``sequence_length`` tokens and the one after them, which the next sample begins with. The last
     partial sample is dropped.
     """
     sizes = np.array(sizes, dtype=np.int32)  # aligned copy of the mapped file

@@ -105,7 +105,7 @@ class IndexedDatasetWriter:
                 self.add_documents(dataset.read_many(start, len(sizes)), np.asarray(sizes))
 
     def save_position(self, position: Any) -> None:
-        """Makes what is written so far safe, together with what the caller needs to go on behind it."""
+        """Makes what is written so far safe, together with what the caller needs to go on after it."""
         sync(self._bin)
         sync(self._sizes)
         journal = {

@@ -26,7 +26,7 @@ class Prefetcher(Generic[T]):
         self._next: tuple[int, Future[T]] | None = None
 
     def take(self, number: int) -> T:
-        """Item ``number``, waiting for it where it is not there yet; the one behind it is begun.
+        """Item ``number``, waiting for it where it is not there yet; the one after it is begun.
 
         Raises:
             Exception: whatever ``load`` raised for this item.

@@ -105,7 +105,7 @@ class _Encoded:
     Attributes:
         faults: offset and reason of each line that holds none.
         span: number of the part of the input.
-        end: offset in its file behind the last line.
+        end: offset in its file after the last line.
     """
 
     tokens: bytes
@@ -147,7 +147,7 @@ def preprocess(options: PreprocessOptions) -> PreprocessSummary:
 
 
 def _write_all(writer: IndexedDatasetWriter, worker: _Worker, options: PreprocessOptions) -> PreprocessSummary:
-    """Everything behind the writer's position."""
+    """Everything after the writer's position."""
     spans = spans_of(options.inputs, options.shard)
     summary, begin = _summary_of(writer.position), (0, 0)
     if writer.position:

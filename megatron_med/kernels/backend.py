@@ -25,7 +25,7 @@ OPERATIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "cross_entropy_forward": (),
     "cross_entropy_backward": (),
 }
-"""Operation -> (implementation, module) in order of preference, beside the reference."""
+"""Operation -> (implementation, module) in order of preference; the reference comes last."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -1,6 +1,6 @@
 """The local product of a linear layer as an object, so that a weight's format is written once for every topology.
 
-A weight may have more than two dimensions, ``[pieces, out, in]``: it is one matrix of ``pieces * out`` rows.
+A weight may have more than two dimensions, ``[parts, out, in]``: it is one matrix of ``parts * out`` rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class LocalLinear(ABC):
     """``Y = X W^T + b`` on one rank, its gradients ``dX = dY W`` and ``dW = dY^T X``, for one format of the weight.
 
     It knows no process group; what goes over the network is the business of whoever calls it. The weight is passed at
-    each call, since full sharding swaps it. ``saved`` is what the backward pass needs beside ``X`` and ``W`` (scales,
+    each call, since full sharding swaps it. ``saved`` is what the backward pass needs besides ``X`` and ``W`` (scales,
     quantised operands): a tuple of tensors for ``save_for_backward``, never a gathered input.
     """
 

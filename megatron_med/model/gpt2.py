@@ -22,7 +22,7 @@ from megatron_med.parallel.random import DropoutRegion
 
 
 def _sequence_shard(context: ParallelContext) -> int:
-    """Coordinate of this rank's piece of a residual stream; 0 where every rank holds all of it."""
+    """Coordinate of this rank's shard of a residual stream; 0 where every rank holds all of it."""
     return context.tp.rank if context.sequence_parallel else 0
 
 

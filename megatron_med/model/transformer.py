@@ -34,7 +34,7 @@ class Transformer(nn.Module, ABC):
     Args:
         config: the whole model.
         context: the grid.
-        chunk: this piece's layers, and whether it begins and ends the model.
+        chunk: this chunk's layers, and whether it begins and ends the model.
         dtype: of weights and activations.
         recompute: which activations are computed again in the backward pass.
 
@@ -103,7 +103,7 @@ class Transformer(nn.Module, ABC):
         """Token ids -> ``[seq(/tp), batch, hidden]``."""
 
     def layer_inputs(self, batch: MicroBatch) -> tuple[Any, ...]:
-        """What every layer gets beside hidden states, micro-batch and cache."""
+        """What every layer gets besides hidden states, micro-batch and cache."""
         return ()
 
     def forward(self, hidden: Tensor | None, batch: MicroBatch, cache: KeyValueCache | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""AdamW on the slices that this rank owns, and the global gradient norm."""
+"""AdamW on the shards that this rank owns, and the global gradient norm."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.data_parallel.base import DataParallel, FrozenShard, ParameterShard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state tensors, each shaped like the slice."""
+"""AdamW's state tensors, each shaped like the shard."""
 
 
 class Optimizer:
-    """torch's AdamW (Loshchilov and Hutter 2019) over fp32 master slices, in groups of equal hyperparameters.
+    """torch's AdamW (Loshchilov and Hutter 2019) over fp32 master shards, in groups of equal hyperparameters.
 
     ``decoupled_adamw`` decays the weights by ``weight_decay * lr / initial_lr`` a step instead of
     ``weight_decay * lr`` (MosaicML's DecoupledAdamW, with which BioMedLM was trained).
 
     Args:
-        data_parallel: owns slices, masters and reduced gradients.
+        data_parallel: owns shards, masters and reduced gradients.
         context: the grid.
         config: hyperparameters.
 
@@ -86,7 +86,7 @@ class Optimizer:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether data-parallel ranks own different slices."""
+        """Whether data-parallel ranks own different shards."""
         return self._data_parallel.is_sharded
 
     def resume(self, steps: int, moments_since: Mapping[str, int]) -> None:
@@ -98,7 +98,7 @@ class Optimizer:
             self._state(master)["step"].fill_(steps - self.moments_since.get(name, 0))
 
     def moment(self, item: ParameterShard, name: str) -> Tensor:
-        """One state tensor of a slice: ``exp_avg`` or ``exp_avg_sq``."""
+        """One state tensor of a shard: ``exp_avg`` or ``exp_avg_sq``."""
         return self._state(self._masters[item.layout.name])[name]
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ class ParallelContext:
         loss: batch x cp, over which gradients and token counts are summed.
         fsdp: dp_shard x cp, over which parameters or optimizer states are cut.
         pp_backward: the same ranks as pp with a group of their own, so that gradients travelling back never
-            wait behind activations travelling forward.
+            wait for activations travelling forward.
         pp_wrap, pp_wrap_backward: the same again for the way from the last stage to the first one's next chunk:
             with two stages it runs between the same two ranks in the opposite direction.
         embedding: first and last stage of this rank's pipeline, which share tied embeddings; a single rank
@@ -63,7 +63,7 @@ class ParallelContext:
         world: all ranks.
         grid: all ranks as ``[pp, dp_replicate, dp_shard, cp, tp]``.
         sequence_parallel: activations between matrix products are cut along the sequence.
-        overlap: which communication runs beside computation.
+        overlap: which communication runs during computation.
         timeout: how long a collective may wait; None: the backend's own.
     """
 

@@ -23,7 +23,7 @@ class ParameterLayout:
     Attributes:
         global_shape: shape of the uncut tensor.
         tp_dim: dimension that tensor-parallel ranks cut evenly; None where each holds it all.
-        dp_dim: dimension that the sharded optimizer cuts, of the tensor-parallel piece.
+        dp_dim: dimension that the sharded optimizer cuts, of the tensor-parallel shard.
         parts: named parts as row indices into the global tensor seen as ``[rows, columns]``.
         partial_over_tp: each tensor-parallel rank computes only a part of the gradient's sum.
         shared: the first and last stage each hold a copy (tied embeddings).
@@ -50,14 +50,14 @@ class ParameterLayout:
     name: str = ""
 
     def local_shape(self, tp: Axis) -> tuple[int, ...]:
-        """Shape of one tensor-parallel piece."""
+        """Shape of one tensor-parallel shard."""
         shape = list(self.global_shape)
         if self.tp_dim is not None:
             shape[self.tp_dim] //= tp.size
         return tuple(shape)
 
     def cut(self, tensor: Tensor, tp: Axis) -> Tensor:
-        """This tensor-parallel rank's piece of the global tensor."""
+        """This tensor-parallel rank's shard of the global tensor."""
         if self.tp_dim is None:
             return tensor
         return tensor.chunk(tp.size, self.tp_dim)[tp.rank]

@@ -23,13 +23,13 @@ class DropoutRegion:
     """One place of the model that drops values.
 
     Masks follow from (seed, step, global index of the micro-batch, layer, region) and, where tensor-parallel
-    ranks hold different pieces of the region, from their coordinate. They are equal when a layer is computed
+    ranks hold different shards of the region, from their coordinate. They are equal when a layer is computed
     again, after a resume and under any data-parallel size; no generator state is kept.
 
     Args:
         probability: share of values that are set to zero.
         name: layer and region, e.g. ``layers.3.mlp``.
-        shard: coordinate of this rank's piece; 0 where all ranks hold the same values.
+        shard: coordinate of this rank's shard; 0 where all ranks hold the same values.
     """
 
     def __init__(self, probability: float, name: str, shard: int = 0) -> None:

@@ -35,7 +35,7 @@ class Accelerator:
         kernel_seconds: least time of a kernel, its launch gap included.
         link_bandwidth, link_share: between the GPUs of a node, and what NCCL reaches of it.
         link_latency: seconds of one hop in a node.
-        collective_multiprocessors: SMs that an NCCL kernel takes from a computation beside it.
+        collective_multiprocessors: SMs that an NCCL kernel takes from a computation that runs at the same time.
         nic_bandwidth, nic_share: of one network card, and what NCCL reaches of it.
         nic_latency: seconds of one hop between nodes.
         nics: network cards of a node.

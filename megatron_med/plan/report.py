@@ -12,7 +12,7 @@ from megatron_med.plan.search import PLANS_OF_A_SIZE, SearchResult
 MODEL_ASSUMPTIONS = (
     "a kernel takes what its arithmetic or its memory traffic takes, whichever is longer, and the host is never late",
     "collectives are rings; all groups of a kind communicate at once and share the network cards of their node",
-    "a computation beside a collective has the multiprocessors that the collective leaves",
+    "a computation during a collective has the multiprocessors that the collective leaves",
     "documents that are kept apart cost attention over all pairs of tokens, at the same share of the peak",
     "groups of different kinds do not slow each other down on the network cards",
     "products take 128 x 256 output tiles, or halves at 0.9 and eighths at 0.6 of their speed, whatever the inner size",

@@ -23,7 +23,7 @@ _PROBE = (
     "  immunohistochemistry of adenocarcinoma; pharmacokinetics, electroencephalography; COVID-19 RT-PCR was negative."
 )
 ADDED_TOKENS = "added_tokens.json"
-"""File beside a SentencePiece model that names the tokens behind its vocabulary, as Hugging Face has it."""
+"""File beside a SentencePiece model that names the tokens after its vocabulary, as Hugging Face has it."""
 
 _END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
@@ -34,7 +34,7 @@ class Tokenizer(ABC):
     Attributes:
         files: what it was loaded from, first the file that says its kind.
         vocab_size: ids are below this.
-        added_tokens: special tokens behind the vocabulary, in the order of their ids.
+        added_tokens: special tokens after the vocabulary, in the order of their ids.
         eod_id: end-of-document id, None where the vocabulary has none.
         bos_id: begin-of-sequence id, None where the vocabulary has none.
     """
@@ -71,7 +71,7 @@ class Tokenizer(ABC):
         return "".join([*pieces, self._decode_continuation(run, first=not pieces)])
 
     def _decode_continuation(self, ids: Sequence[int], first: bool) -> str:
-        """Text of ids that stand behind a token, or at the beginning."""
+        """Text of ids that stand after a token, or at the beginning."""
         guard = [] if first else self.encode("\n")
         text = self.decode([*guard, *ids]) if ids else ""
         return text[1:] if guard and ids else text
@@ -216,7 +216,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return names
 
     def save_with(self, tokens: Sequence[str], folder: Path) -> None:
-        """Writes ``tokenizer.json`` and its configuration with tokens behind the vocabulary."""
+        """Writes ``tokenizer.json`` and its configuration with tokens after the vocabulary."""
         folder.mkdir(parents=True, exist_ok=True)
         extended = tokenizers.Tokenizer.from_str(self._backend.to_str())
         extended.add_special_tokens(list(tokens))
@@ -331,7 +331,7 @@ def _read_added_tokens(file: Path, pieces: int) -> tuple[str, ...]:
 
 
 def _added_behind(backend: tokenizers.Tokenizer) -> tuple[str, ...]:
-    """Added tokens of a ``tokenizer.json`` that stand behind its vocabulary, which may hold others itself."""
+    """Added tokens of a ``tokenizer.json`` that stand after its vocabulary, which may hold others itself."""
     pieces = backend.get_vocab_size(with_added_tokens=False)
     added = backend.get_added_tokens_decoder()
     return tuple(added[number].content for number in sorted(added) if number >= pieces)

@@ -17,7 +17,7 @@ CORPUS_TOKENS = (
 """What the corpus builder writes into papers: 32,000 pieces become 32,012."""
 
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
-"""ChatML's message borders, behind the corpus tokens: 32,014."""
+"""ChatML's message borders, after the corpus tokens: 32,014."""
 
 TOKEN_SETS = {"gap_replay": CORPUS_TOKENS, "chatml": CHAT_TOKENS}
 """Names for the command line."""
@@ -36,7 +36,7 @@ def tokens_of(sets: Sequence[str]) -> tuple[str, ...]:
 
 
 def extend_tokenizer(path: str | Path, tokens: Sequence[str], output: Path) -> int:
-    """Writes a tokenizer folder with tokens behind the vocabulary, and returns its new size.
+    """Writes a tokenizer folder with tokens after the vocabulary, and returns its new size.
 
     Args:
         path: as ``load_tokenizer`` takes it.

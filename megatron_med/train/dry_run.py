@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_med.checkpoint.folder import read_state, resolve_checkpoint
 from megatron_med.checkpoint.load import check_model, check_shapes, check_tokenizer
-from megatron_med.checkpoint.views import state_slices, state_views
+from megatron_med.checkpoint.views import state_shards, state_views
 from megatron_med.config import Config, load_config
 from megatron_med.data.cache import cache_folder
 from megatron_med.data.indexed import token_paths
@@ -205,7 +205,7 @@ def _ranges(layers: list[int]) -> str:
 def _checkpoint(config: Config, train_module: TrainModule, tokenizer: Tokenizer | None) -> str:
     """Cuts every entry of a checkpoint as saving and loading do, and compares it with the one to be loaded."""
     optimizer = train_module.optimizer
-    entries = state_views(state_slices(optimizer), optimizer, train_module.context)
+    entries = state_views(state_shards(optimizer), optimizer, train_module.context)
     size = 0
     for name, entry in entries.items():
         local = entry
@@ -224,7 +224,7 @@ def _checkpoint(config: Config, train_module: TrainModule, tokenizer: Tokenizer 
     check_model(state, config.model, folder)
     check_tokenizer(state, tokenizer.describe() if tokenizer else None, folder)
     everything = config.checkpoint.load_state == "all"
-    check_shapes(state_views(state_slices(optimizer, everything), optimizer, train_module.context), folder)
+    check_shapes(state_views(state_shards(optimizer, everything), optimizer, train_module.context), folder)
     return f"{words}\n  {folder} fits"
 
 

@@ -128,7 +128,7 @@ class RunFolder:
         return previous
 
     def cut_metrics(self, step: int) -> None:
-        """Removes the lines of steps behind ``step``: they will be run again."""
+        """Removes the lines of steps after ``step``: they will be run again."""
         if not self.metrics.is_file():
             return
         kept = []

@@ -46,7 +46,7 @@ _NAMES_SHOWN = 3
 
 @dataclass
 class Progress:
-    """Where the run stands; all that a resume needs beside the tensors."""
+    """Where the run stands; all that a resume needs besides the tensors."""
 
     step: int = 0
     consumed_samples: int = 0

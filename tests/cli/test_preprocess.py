@@ -93,7 +93,7 @@ def test_killed_half_way_it_goes_on_to_the_same_bytes(
     arguments = ("--output-prefix", prefix, "--tokenizer", tokenizer, "--append-eod", "--workers", 2)
     done = python("tools/preprocess_data.py", "--input", *text, *arguments)
     assert done.returncode == 0, done.stderr
-    assert f"went on behind {sizes[1]:,} documents" in done.stdout
+    assert f"went on after {sizes[1]:,} documents" in done.stdout
     assert _same(prefix, whole)
     sides = [json.loads(Path(f"{p}.json").read_text()) for p in (prefix, whole)]
     assert {k: v for k, v in sides[0].items() if k != "tokenizer"} == {
@@ -106,11 +106,11 @@ def test_other_options_or_input_do_not_go_on(text: list[Path], tokenizer: Path, 
     """A journal of another run is no position of this one."""
     with suppress(RuntimeError), IndexedDatasetWriter(tmp_path / "out", "u2", {"a": 1}) as writer:
         writer.add_document([1, 2, 3])
-        writer.save_position("behind the first")
+        writer.save_position("after the first")
         writer.add_document([4])
         raise RuntimeError("killed")
     with suppress(RuntimeError), IndexedDatasetWriter(tmp_path / "out", "u2", {"a": 1}) as writer:
-        assert (writer.documents, writer.tokens, writer.position) == (1, 3, "behind the first")
+        assert (writer.documents, writer.tokens, writer.position) == (1, 3, "after the first")
         raise RuntimeError("killed")
     shutil.copytree(tmp_path, tmp_path / "copy")
     with IndexedDatasetWriter(tmp_path / "copy" / "out", "u2", {"a": 1}) as writer:

@@ -1,4 +1,4 @@
-"""A trace of two steps: each collective is issued before the computation it hides behind, and awaited after."""
+"""A trace of two steps: each collective is issued before the computation that hides it, and awaited after."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_sequence_collectives_hide_behind_the_products_of_the_backward_pass(
 ) -> None:
     columns = STEPS * MICRO_BATCHES * (2 * LAYERS + 1)  # qkv and gate_up of each layer, and the head
     events = tensor_parallel(True)
-    assert _hidden(events, "all_gather", "tp", INPUT_GRADIENT)[0] == columns, "beside the input gradient"
-    assert _hidden(events, "reduce_scatter", "tp", WEIGHT_GRADIENT)[0] == columns, "beside the weight gradient"
+    assert _hidden(events, "all_gather", "tp", INPUT_GRADIENT)[0] == columns, "during the input gradient"
+    assert _hidden(events, "reduce_scatter", "tp", WEIGHT_GRADIENT)[0] == columns, "during the weight gradient"
     events = tensor_parallel(False)
     assert _hidden(events, "all_gather", "tp")[0] == 0
     assert _hidden(events, "reduce_scatter", "tp")[0] == 0

@@ -16,7 +16,7 @@ from megatron_med.corpus.s2orc import MAIN_HEADINGS, format_paper
 from megatron_med.errors import DataError
 
 NO_ABSTRACT_ERRATUM = 256867980
-"""Its only heading is the publisher's name behind the text: Meditron takes all before a first heading for a header."""
+"""Its only heading is the publisher's name after the text: Meditron takes all before a first heading for a header."""
 
 
 @pytest.fixture(scope="module")

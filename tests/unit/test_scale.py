@@ -184,7 +184,7 @@ def test_the_next_item_is_read_ahead_in_order() -> None:
         prefetcher._next[1].result()
         assert asked == [3, 4, 5], "one ahead, no more"
         assert [prefetcher.take(number) for number in (5, 6)] == [25, 36]
-    assert asked == [3, 4, 5, 6], "nothing behind the last"
+    assert asked == [3, 4, 5, 6], "nothing after the last"
 
 
 def test_a_fault_of_the_reader_shows_where_its_item_is_taken() -> None:

@@ -1,4 +1,4 @@
-"""Attention over packed documents: borders as ``cu_seqlens`` beside the dense ``[seq, seq]`` mask.
+"""Attention over packed documents: borders as ``cu_seqlens``, compared with the dense ``[seq, seq]`` mask.
 
 Both take turns, forward and backward, in one process; the medians and their ratio are printed, and the bytes that each
 keeps and needs.

@@ -3,7 +3,7 @@
     python tools/benchmark/loader.py [--rounds 5]
 
 Random tokens in a file of two million documents; the loader reads, packs, checks and makes tensors. The prefetcher
-hides this behind the step; what is printed is what would be hidden.
+does this during the step; what is printed is what would be hidden.
 """
 
 from __future__ import annotations

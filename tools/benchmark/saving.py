@@ -21,7 +21,7 @@ from synthetic import make_config, make_step, random_ids, seconds_of
 
 from megatron_med.checkpoint.folder import CheckpointState, step_folder
 from megatron_med.checkpoint.save import CheckpointSaver
-from megatron_med.checkpoint.views import state_slices
+from megatron_med.checkpoint.views import state_shards
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import ParallelConfig
 from megatron_med.errors import run_command
@@ -52,8 +52,8 @@ def main() -> None:
     def slowest(seconds: float) -> float:
         return all_reduce(torch.tensor(seconds, device=device), context.world, dist.ReduceOp.MAX).item()
 
-    slices = state_slices(train_module.optimizer)
-    buffers = [torch.empty_like(tensor, device="cpu") for tensor in slices.values()]
+    shards = state_shards(train_module.optimizer)
+    buffers = [torch.empty_like(tensor, device="cpu") for tensor in shards.values()]
     times: dict[str, list[float]] = {}
 
     def note(name: str, seconds: float) -> None:
@@ -63,7 +63,7 @@ def main() -> None:
     for turn in range(arguments.repeat + 1):
         for name, saver in savers.items():
             note("step", seconds_of(step, device))
-            note("copy in memory", seconds_of(lambda: _copy(buffers, list(slices.values())), device))
+            note("copy in memory", seconds_of(lambda: _copy(buffers, list(shards.values())), device))
             start = time.perf_counter()
             saver.save(step_folder(folder, turn), train_module.optimizer, state)
             note(f"stall, saving {name}", time.perf_counter() - start)
@@ -73,7 +73,7 @@ def main() -> None:
         if turn == 0:
             times.clear()  # the first background save makes its buffers
     if context.world.is_first:
-        mine = sum(tensor.numel() * tensor.element_size() for tensor in slices.values())
+        mine = sum(tensor.numel() * tensor.element_size() for tensor in shards.values())
         print(f"{context.world.size} ranks, {mine / 1e6:,.0f} MB of state each")
         for name, values in times.items():
             print(f"{name:38} {statistics.median(values) * 1000:10,.0f} ms (median of {len(values)})")

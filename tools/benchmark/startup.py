@@ -2,7 +2,7 @@
 
     python tools/benchmark/startup.py --ranks 1 8 --repeat 3
 
-The second is what a fault costs beside the steps that are run again: torchrun notices, ends the others, starts all
+The second is what a fault costs besides the steps that are run again: torchrun notices, ends the others, starts all
 ranks, and they load the last checkpoint.
 """
 

@@ -1,4 +1,4 @@
-"""Tokens per second of one training process beside plain transformers: same model, batches and threads.
+"""Tokens per second of one training process, compared with plain transformers: same model, batches and threads.
 
 Both take turns, step by step, in one process; the medians and the ratio are printed.
 

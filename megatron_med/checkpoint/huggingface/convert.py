@@ -39,7 +39,7 @@ def import_huggingface(
     Args:
         source: folder with config.json and safetensors.
         target: checkpoint folder; gets ``step-00000000`` and ``latest``.
-        tokenizer: used instead of the folder's own. Tokens that it adds behind the model's vocabulary get new rows.
+        tokenizer: used instead of the folder's own. Tokens that it adds after the model's vocabulary get new rows.
         verify: compare the logits of both models first, and refuse where they differ.
         overwrite: replace what is in ``target``.
 
@@ -78,7 +78,7 @@ def import_huggingface(
 def _write_weights(source: Path, partial: Path, config: ModelConfig, rows: int) -> str:
     """Streams all tensors into a checkpoint folder, in the types they have; returns the name of their precision.
 
-    ``rows`` is the size of the source's vocabulary; the rows of tokens behind it are made here.
+    ``rows`` is the size of the source's vocabulary; the rows of tokens after it are made here.
     """
     with open_tensors(source) as files:
         maps = list(tensor_maps(config))

@@ -19,13 +19,13 @@ from megatron_med.parallel.parameters import ParameterLayout
 
 @dataclass
 class ParameterShard:
-    """The slice of one parameter that this rank's optimizer updates.
+    """The shard of one parameter that this rank's optimizer updates.
 
     Attributes:
         layout: what the parameter declares.
-        parameter: the tensor-parallel piece that the model computes with.
-        master: fp32 weights of the slice. The parameter itself where it is whole and fp32.
-        gradient: fp32 gradient of the slice, summed over all ranks after ``finalize_grads``; valid until the next step
+        parameter: the tensor-parallel shard that the model computes with.
+        master: fp32 weights of the shard. The parameter itself where it is whole and fp32.
+        gradient: fp32 gradient of the shard, summed over all ranks after ``finalize_grads``; valid until the next step
             begins.
     """
 
@@ -36,7 +36,7 @@ class ParameterShard:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether data-parallel ranks hold different slices."""
+        """Whether data-parallel ranks hold different shards."""
         return self.master.shape != self.parameter.shape
 
 
@@ -59,8 +59,8 @@ class DataParallel(ABC):
     """Sums gradients over ranks and hands updated weights back to the model.
 
     Attributes:
-        is_sharded: data-parallel ranks own different slices.
-        owned: the slices that this rank's optimizer updates.
+        is_sharded: data-parallel ranks own different shards.
+        owned: the shards that this rank's optimizer updates.
         frozen: what this rank holds of the parameters that are not trained.
     """
 
@@ -79,7 +79,7 @@ class DataParallel(ABC):
 
     @abstractmethod
     def finish_grad_sync(self) -> None:
-        """Waits until every slice holds the sum over the data-parallel ranks."""
+        """Waits until every shard holds the sum over the data-parallel ranks."""
 
     @abstractmethod
     def start_param_sync(self) -> None:
@@ -100,7 +100,7 @@ class DataParallel(ABC):
             _all_reduce_together(shared, self.context.embedding)
 
     def counts_in_norm(self, item: ParameterShard) -> bool:
-        """Whether this rank's slice is the one counted among its copies on other ranks."""
+        """Whether this rank's shard is the one counted among its copies on other ranks."""
         context = self.context
         copies = [] if item.layout.tp_dim is not None else [context.tp]
         copies.append(context.dp_replicate if item.is_sharded else context.loss)

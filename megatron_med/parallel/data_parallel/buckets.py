@@ -1,7 +1,7 @@
 """Gradient buckets: ``sharding: none`` and ``sharding: optimizer`` (ZeRO-1, Rajbhandari et al. 2020).
 
-With ``optimizer`` each rank keeps the slice of every parameter along its declared dimension, so that optimizer states
-are ordinary sharded tensors. With ``parallel.replicate`` the slices are summed over the replicas afterwards.
+With ``optimizer`` each rank keeps the shard of every parameter along its declared dimension, so that optimizer states
+are ordinary sharded tensors. With ``parallel.replicate`` the shards are summed over the replicas afterwards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class BucketedDataParallel(DataParallel):
     bucket by bucket under the next forward pass.
 
     Args:
-        chunks: this rank's pieces of the model.
+        chunks: this rank's chunks of the model.
         context: the grid.
         shard: cut gradients and masters over the fsdp axis; else every rank keeps whole ones.
     """
@@ -142,15 +142,15 @@ class _Sharding:
 
 
 class Bucket:
-    """Parameters whose gradients travel together. ``row`` is the number of elements of one rank's slices.
+    """Parameters whose gradients travel together. ``row`` is the number of elements of one rank's shards.
 
-    With slices the travelling buffer is ``[ranks, elements]``: row r holds rank r's slice of every parameter.
+    With shards the travelling buffer is ``[ranks, elements]``: row r holds rank r's shard of every parameter.
     The copy into it costs once a step.
 
     Args:
         parameters: of one chunk.
-        axis: ranks that cut the slices; one rank where they are whole.
-        replicas: ranks that hold the same slices and sum them.
+        axis: ranks that cut the shards; one rank where they are whole.
+        replicas: ranks that hold the same shards and sum them.
         context: the grid.
         on_complete: called when the last gradient of the step has arrived.
     """
@@ -178,7 +178,7 @@ class Bucket:
         self._scattering: Pending | None = None
         self._summing: Pending | None = None
         self._gathering: Pending | None = None
-        self._short_slices: list[tuple[Tensor, Tensor]] = []
+        self._short_shards: list[tuple[Tensor, Tensor]] = []
         self.owned = self._own()
         for parameter, main_grad in zip(parameters, self._main_grads, strict=True):
             parameter.main_grad = MainGrad(main_grad, self._register_grad_ready)  # type: ignore[attr-defined]
@@ -197,11 +197,11 @@ class Bucket:
         return owned
 
     def _contiguous(self, trimmed: Tensor) -> Tensor:
-        """Fused optimizers walk through memory, so a slice that padding has cut apart gets memory of its own."""
+        """Fused optimizers walk through memory, so a shard that padding has cut apart gets memory of its own."""
         if trimmed.is_contiguous():
             return trimmed
         own = torch.zeros_like(trimmed, memory_format=torch.contiguous_format)
-        self._short_slices.append((own, trimmed))
+        self._short_shards.append((own, trimmed))
         return own
 
     @property
@@ -230,7 +230,7 @@ class Bucket:
 
     @torch.no_grad()
     def start_grad_sync(self) -> None:
-        """Begins to cut the sum over the ranks of the axis into slices."""
+        """Begins to cut the sum over the ranks of the axis into shards."""
         if self._axis.group is None:
             self._scattering = Pending(self._reduced)
             return
@@ -243,21 +243,21 @@ class Bucket:
         self._scattering = Pending(self._reduced, work, buffer)
 
     def start_replica_all_reduce(self) -> None:
-        """Begins to sum the slices over the replicas, once they are there."""
+        """Begins to sum the shards over the replicas, once they are there."""
         if self._summing is not None:
             return
         assert self._scattering is not None, "the reduction was not started"
-        slices = self._scattering.wait()
+        shards = self._scattering.wait()
         group = self._replicas.group
-        work = None if group is None else dist.all_reduce(slices, group=group, async_op=True)
-        self._summing = Pending(slices, work)
+        work = None if group is None else dist.all_reduce(shards, group=group, async_op=True)
+        self._summing = Pending(shards, work)
 
     def finish_grad_sync(self) -> None:
         """Waits for the sums."""
         assert self._summing is not None, "the replicas' sum was not started"
         self._summing.wait()
         self._scattering = self._summing = None
-        for own, trimmed in self._short_slices:
+        for own, trimmed in self._short_shards:
             own.copy_(trimmed)
 
     def start_param_sync(self) -> None:
@@ -303,7 +303,7 @@ def _numel(shape: Iterable[int]) -> int:
 
 
 def _views(flat: Tensor, shapes: Iterable[Iterable[int]]) -> list[Tensor]:
-    """Consecutive pieces of a flat tensor, shaped."""
+    """Consecutive views of a flat tensor, shaped."""
     views, offset = [], 0
     for shape in shapes:
         size = _numel(shape)

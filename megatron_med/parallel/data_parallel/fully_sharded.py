@@ -1,7 +1,7 @@
 """``sharding: full``: parameters, gradients and optimizer state are cut, with PyTorch's own FSDP2 (``fully_shard``).
 
 Each layer gathers its weights when it computes and reduce-scatters its gradients after its backward pass; with
-``parallel.replicate`` the slices are then summed over the replicas (hybrid sharding).
+``parallel.replicate`` the shards are then summed over the replicas (hybrid sharding).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from megatron_med.parallel.parameters import layout_of, parameters_with_layout
 
 
 class FullyShardedDataParallel(DataParallel):
-    """FSDP2 around every layer and every chunk. The fp32 slices are the masters; the model computes in ``dtype``.
+    """FSDP2 around every layer and every chunk. The fp32 shards are the masters; the model computes in ``dtype``.
 
     Args:
-        chunks: this rank's pieces of the model, with ``layers``; weights initialised.
+        chunks: this rank's chunks of the model, with ``layers``; weights initialised.
         context: the grid.
         dtype: of the gathered weights.
     """

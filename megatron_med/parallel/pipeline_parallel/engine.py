@@ -61,10 +61,10 @@ class PipelineEngine(Generic[BatchT]):
     """Runs lists of actions. One engine serves every schedule; a single stage is a pipeline of one.
 
     What the next action has to receive is asked for before the current one computes, and sends are not waited for,
-    so transfers run beside computation.
+    so transfers run during computation.
 
     Args:
-        chunks: this rank's pieces of the model, first to last.
+        chunks: this rank's chunks of the model, first to last.
         context: the grid.
         dtype: of the hidden states that travel.
         before_backward: called before each whole backward pass with its chunk and whether it is that chunk's last.
@@ -97,25 +97,28 @@ class PipelineEngine(Generic[BatchT]):
             Sum of the losses of all micro-batches, fp32; zero on all stages but the last.
         """
         total = torch.zeros((), dtype=torch.float32, device=self._context.device)
+        # Between its two passes a micro-batch is known by its number and its chunk.
         alive: dict[tuple[int, int], _Alive] = {}
         trains = any(not isinstance(action, Forward) for action in actions)
+        # FSDP2 reduces gradients in a chunk's last backward pass, so passes are counted down.
         backwards_left = [
             sum(isinstance(action, (Backward, BackwardInput)) and action.chunk == chunk for action in actions)
             for chunk in range(len(self._chunks))
         ]
         ahead = int(self._context.overlap.pipeline)
         arriving: dict[int, Pending | None] = {}
-        for place, action in enumerate(actions):
-            for later in range(place, min(place + 1 + ahead, len(actions))):
+        for index, action in enumerate(actions):
+            # The next action's message is asked for, too: it travels while this action computes.
+            for later in range(index, min(index + 1 + ahead, len(actions))):
                 if later not in arriving:
                     arriving[later] = self._ask(actions[later], batches)
-            here = arriving.pop(place)
+            message = arriving.pop(index)
             key = action.micro_batch, action.chunk
             if isinstance(action, Forward):
-                item = self._forward(action, batches[action.micro_batch], here)
+                item = self._forward(action, batches[action.micro_batch], message)
                 if item.loss is not None:
                     total += item.loss.detach()
-                if trains:
+                if trains:  # validation lets go of everything at once
                     alive[key] = item
             elif isinstance(action, BackwardWeight):
                 self._run_weight_grads(alive.pop(key))
@@ -123,9 +126,10 @@ class PipelineEngine(Generic[BatchT]):
                 backwards_left[action.chunk] -= 1
                 if self._before_backward is not None:
                     self._before_backward(action.chunk, backwards_left[action.chunk] == 0)
-                self._backward(action, alive[key], here, loss_scale)
-                if isinstance(action, Backward):
+                self._backward(action, alive[key], message, loss_scale)
+                if isinstance(action, Backward):  # after BackwardInput the weight gradients are still to come
                     del alive[key]
+        # The caller may write into what was sent: a step ends when all of it has left.
         self._link.drain()
         return total
 
@@ -145,6 +149,7 @@ class PipelineEngine(Generic[BatchT]):
         stage = self._chunks[action.chunk]
         received = None
         if arriving is not None:
+            # A leaf of this stage's graph: its gradient is what the stage before waits for.
             received = arriving.wait().requires_grad_(torch.is_grad_enabled())
         out = stage(received, batch)
         if stage.chunk.is_last:
@@ -161,12 +166,13 @@ class PipelineEngine(Generic[BatchT]):
         output = item.loss if item.loss is not None else item.edge
         gradient = loss_scale if arriving is None else arriving.wait()
         if output is None:
-            return  # nothing up to here is trained
+            return  # nothing up to here is trained, but the next stage has sent its gradient all the same
         if isinstance(action, BackwardInput):
             with self._weight_grads.defer() as item.weight_grads:
                 torch.autograd.backward(output, gradient)
         else:
             torch.autograd.backward(output, gradient)
+        # The graph goes before the gradient is sent, so that its memory is free for the next micro-batch.
         item.edge = item.loss = None
         received, item.received = item.received, None
         if received is not None:

@@ -11,7 +11,7 @@ from megatron_med.parallel.context import Axis, ParallelContext
 
 
 class PipelineLink:
-    """Sends to and receives from the neighbours of a stage, in a ring: behind the last stage comes the first one's
+    """Sends to and receives from the neighbours of a stage, in a ring: after the last stage comes the first one's
     next chunk.
 
     Sends never block: their tensors are kept until they have left. Activations and gradients travel in groups of

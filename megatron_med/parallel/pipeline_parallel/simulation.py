@@ -1,4 +1,4 @@
-"""Runs a pipeline schedule on paper: proves that it cannot deadlock, and prices it. No torch here."""
+"""Runs a pipeline schedule on paper: proves that it cannot deadlock, and predicts its time. No torch here."""
 
 from __future__ import annotations
 
@@ -95,15 +95,18 @@ def simulate(
     position = [0] * len(schedule)
     clock = [0.0] * len(schedule)
     remaining = sum(map(len, schedule))
+    # Each round runs every stage as far as it gets; one in which no stage gets anywhere is a deadlock.
     while remaining:
         progressed = False
         for stage, actions in enumerate(schedule):
             while position[stage] < len(actions):
                 action = actions[position[stage]]
                 needed = dependencies(action, stage, len(schedule), chunks)
+                # A stage runs its list in order: what cannot run yet stops it, whatever comes after.
                 if any(need not in ends for need in needed):
                     break
                 start = max([clock[stage], *(ends[need] for need in needed)])
+                # A receiver that asks only now waits for the whole journey, else for what is left of it.
                 travels = [arrivals[need] - ends[need] for need in needed if need[0] != stage]
                 if waits == "receiver" and travels:
                     start += max(travels)
@@ -111,6 +114,7 @@ def simulate(
                 end = start + durations(stage, action)
                 ends[stage, action] = end
                 arrivals[stage, action] = end + _transfer(stage, action, transfers, chunks)
+                # A blocking send holds its stage until the message has arrived.
                 clock[stage] = arrivals[stage, action] if waits == "sender" else end
                 intervals.append((stage, action, start, end))
                 position[stage] += 1
@@ -123,6 +127,7 @@ def simulate(
                 if position[stage] < len(actions)
             }
             raise ScheduleError(f"deadlock: {stuck}")
+    # Messages between two stages are matched by their order alone, so it must be the same at both ends.
     _check_transfers(schedule, chunks)
     makespan = max(end for _, _, _, end in intervals)
     busy = sum(end - start for _, _, start, end in intervals)
@@ -140,10 +145,12 @@ def dependencies(action: Action, stage: int, stages: int, chunks: int) -> list[P
     if isinstance(action, Forward):
         if stage > 0:
             return [(stage - 1, action)]
+        # The first stage's further chunks go on where the last stage's chunk before ended.
         return [(stages - 1, Forward(index, chunk - 1))] if chunk > 0 else []
     if isinstance(action, BackwardWeight):
         return [(stage, BackwardInput(index, chunk))]
     needs: list[Place] = [(stage, Forward(index, chunk))]
+    # Gradients go the same way back; the very last chunk begins with its own loss.
     if stage < stages - 1:
         needs.append((stage + 1, action))
     elif chunk < chunks - 1:
@@ -231,6 +238,7 @@ def messages_waiting(schedule: Schedule, simulation: Simulation, ahead: int = 1)
     lets go of it when it sends the next one.
     """
     chunks = 1 + max(action.chunk for action in schedule[0])
+    # When each message is asked for: ahead of the action that needs it.
     starts = {(stage, action): start for stage, action, start, _ in simulation.intervals}
     ends = {(stage, action): end for stage, action, _, end in simulation.intervals}
     asked: dict[Place, float] = {}
@@ -240,11 +248,13 @@ def messages_waiting(schedule: Schedule, simulation: Simulation, ahead: int = 1)
             asked |= {need: asks_at for need in dependencies(action, stage, len(schedule), chunks) if need[0] != stage}
     waiting = []
     for stage, actions in enumerate(schedule):
+        # A send is let go of at the first own send after the receiver has asked for it: the engine looks only then.
         sent = sorted((ends[stage, action], asked[stage, action]) for action in actions if (stage, action) in asked)
         own_sends = [time for time, _ in sent]
         gone = sorted(_next_after(own_sends, max(time, taken)) for time, taken in sent)
         waiting.append(
             {
+                # Sent before the action ends, less what was gone before it began.
                 action: bisect_left(own_sends, ends[stage, action]) - bisect_right(gone, starts[stage, action])
                 for action in actions
             }

@@ -54,8 +54,8 @@ class ColumnParallelLinear(ParallelLinear):
     """``[seq(/tp), batch, in] -> [seq, batch, out/tp]``: the outputs are cut.
 
     Args:
-        shape: global shape of the weight, ``(out, in)``, or ``(pieces, out, in)`` where several products share
-            the input: then the result is ``[seq, batch, pieces * out/tp]``, piece by piece.
+        shape: global shape of the weight, ``(out, in)``, or ``(parts, out, in)`` where several products share
+            the input: then the result is ``[seq, batch, parts * out/tp]``, part by part.
         parts: named parts of the weight's rows; ``bias`` has the same ones.
         weight: another module's weight to share instead of an own one (a tied head).
     """

@@ -1,7 +1,7 @@
 """The autograd function of every tensor-parallel linear: collective, local product, collective.
 
 It knows groups and order, and nothing of a weight's format: the products are a ``LocalLinear``'s. Three things meet
-here, so that each is written once: communication hidden behind a product, weight gradients that go straight into the
+here, so that each is written once: communication during a product, weight gradients that go straight into the
 fp32 main gradient, and weight gradients that a zero-bubble schedule defers.
 """
 
@@ -53,7 +53,7 @@ def parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Linear
     gather    Y = gather(X) W^T    dX = reduce_scatter(dY W)     dW = dY^T gather(X)
     ========  ===================  ============================  ===============================
 
-    In the backward pass ``gather(X)`` runs beside ``dY W``, and the reduction of ``dX`` beside ``dY^T X``
+    In the backward pass ``gather(X)`` runs during ``dY W``, and the reduction of ``dX`` during ``dY^T X``
     (Korthikanti et al. 2022, section 4.2.2).
     """
     main_grad = main_grad_of(weight) if weight.requires_grad else None
@@ -66,7 +66,7 @@ def parallel_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: Linear
 
 
 class _ParallelLinear(Function):
-    """Forward: Y = gather(X) W^T + b. Backward: dX = reduce_scatter(dY W) beside dW = dY^T gather(X)."""
+    """Forward: Y = gather(X) W^T + b. Backward: dX = reduce_scatter(dY W) during dW = dY^T gather(X)."""
 
     @staticmethod
     def forward(
