@@ -268,7 +268,7 @@ class Build:
     def _tokenize(self) -> list[Stage]:
         if self.recipe.tokenization is None:
             return []
-        # One task a shard and split, joined afterwards: the tokens are in the order of the shards, however many workers.
+        # One task a shard and split, joined afterwards: tokens are in the order of the shards, however many workers.
         return [
             Stage("tokenizer", [self._extend_tokenizer], 1),
             Stage("tokenize", [self._tokenize_piece], len(self._pieces())),
