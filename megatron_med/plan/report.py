@@ -28,7 +28,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "cluster": plan.cluster.name,
         "world_size": plan.cluster.world_size,
-        "parallel": parallel | {"data": plan.cluster.world_size // (parallel["tensor"] * parallel["pipeline"])},
+        "parallel": parallel | {"data": plan.config.parallel.data_size(plan.cluster.world_size)},
         "micro_batches": plan.micro_batches,
         "parameters": plan.parameters,
         "fits": plan.fits,

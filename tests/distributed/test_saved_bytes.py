@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_med.config import ParallelConfig
+from megatron_med.kernels.linear import LocalLinear
 from megatron_med.model.recompute import recomputed
 from megatron_med.parallel.context import create_context
 from megatron_med.parallel.parameters import MainGrad
@@ -123,3 +124,80 @@ def test_a_trained_weight_over_a_frozen_input_gets_its_gradient() -> None:
     for autograds, ours in run_ranks(TP, _gradients_without_input_gradient):
         assert autograds == pytest.approx(ours)
         assert ours != 0
+
+
+class _HalvedLinear(LocalLinear):
+    """Another format: weights count half, and the backward pass needs the scale that the forward pass has found."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        assert x.shape[0] == SEQ, "the product is of the whole sequence"
+        scale = torch.full((1,), 0.5)
+        return F.linear(x, weight * scale, bias), (scale,)
+
+    def input_grad(self, weight: Tensor, saved: tuple[Tensor, ...], grad: Tensor) -> Tensor:
+        (scale,) = saved
+        return grad @ (weight * scale)
+
+    def weight_grad(
+        self, x: Tensor, saved: tuple[Tensor, ...], grad: Tensor, out: Tensor | None = None
+    ) -> Tensor | None:
+        (scale,) = saved
+        assert x.shape[0] == SEQ, "gathered again"
+        product = grad.flatten(0, 1).t() @ x.flatten(0, 1) * scale
+        if out is None:
+            return product
+        out.add_(product)
+        return None
+
+
+def _other_format(case: str) -> tuple[float, float]:
+    """Sums of the gradients of weight and input."""
+    context = create_context(ParallelConfig(tensor=TP), torch.device("cpu"))
+    column = ColumnParallelLinear((INNER, HIDDEN), context, torch.float32, bias=False, init_std=1.0)
+    column.local = _HalvedLinear()
+    store = WeightGradStore()
+    share_weight_grad_store([column], store)
+    with torch.no_grad():
+        column.weight.copy_(torch.arange(column.weight.numel()).view_as(column.weight) / 100)
+    total = torch.zeros_like(column.weight)
+    if case != "full sharding":
+        column.weight.main_grad = MainGrad(total, lambda: None)  # type: ignore[attr-defined]
+    x = (torch.arange(CUT_INPUT).view(SEQ // TP, BATCH, HIDDEN) / 100).requires_grad_()
+    out = recomputed(column, x) if case == "recompute" else column(x)
+    if case == "zero bubble":
+        with store.defer() as deferred:
+            out.square().sum().backward()
+        with torch.no_grad():
+            for product in deferred:
+                product()
+    else:
+        out.square().sum().backward()
+    gradient = column.weight.grad if case == "full sharding" else total
+    assert gradient is not None
+    assert x.grad is not None
+    return gradient.sum().item(), x.grad.sum().item()
+
+
+@pytest.mark.parametrize("case", ["main gradient", "full sharding", "recompute", "zero bubble"])
+def test_another_format_of_the_weight_needs_no_other_layer(case: str) -> None:
+    """Under every way that a gradient takes; the expected values by autograd on the whole tensors."""
+    weight = (torch.arange(INNER // TP * HIDDEN).view(INNER // TP, HIDDEN) / 100).repeat(TP, 1).requires_grad_()
+    x = (torch.arange(CUT_INPUT).view(SEQ // TP, BATCH, HIDDEN) / 100).repeat(TP, 1, 1).requires_grad_()
+    F.linear(x, weight * 0.5).square().sum().backward()
+    assert weight.grad is not None
+    assert x.grad is not None
+    for weight_sum, input_sum in run_ranks(TP, _other_format, case):
+        assert weight_sum == pytest.approx(weight.grad.sum().item() / TP, rel=1e-5)
+        assert input_sum == pytest.approx(x.grad.sum().item() / TP, rel=1e-5)
+
+
+def _two_stores() -> tuple[bool, bool]:
+    context = create_context(ParallelConfig(tensor=TP), torch.device("cpu"))
+    layers = [ColumnParallelLinear((4, 4), context, torch.float32, bias=False, init_std=1.0) for _ in range(2)]
+    with layers[0].weight_grads.defer():
+        return layers[0].weight_grads.is_deferring, layers[1].weight_grads.is_deferring
+
+
+def test_a_context_holds_nothing_that_changes() -> None:
+    """Two engines on one context: what the first one defers is none of the second one's."""
+    assert run_ranks(TP, _two_stores) == [(True, False)] * TP

@@ -57,7 +57,7 @@ def main() -> None:
     config = make_config(
         arguments.preset, arguments.sequence_length, arguments.micro_batch_size, arguments.precision, parallel
     )
-    config.train.global_batch_size *= world_size // (arguments.tensor * arguments.pipeline) or 1
+    config.train.global_batch_size *= config.parallel.data_size(world_size) or 1
     faults = [fault for fault in validate(config, world_size) if "data.train" not in fault]
     if faults:
         raise ConfigError(faults)
