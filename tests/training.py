@@ -30,8 +30,10 @@ from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import blend, open_corpora
 from megatron_med.optim.lr_schedule import learning_rate
 from megatron_med.parallel.context import create_context
+from megatron_med.tracing.recorder import Recorder, group_labels
+from megatron_med.tracing.trace import Trace
 from megatron_med.train.setup import build_train_module
-from megatron_med.train.step import TrainModule, compute_gradients, train_step
+from megatron_med.train.step import StepResult, TrainModule, compute_gradients, train_step
 from megatron_med.train.timers import StepTimer
 
 STEPS = 20
@@ -115,6 +117,24 @@ def set_up(config: Config) -> tuple[TrainModule, BatchLoader]:
     return train_module, loader
 
 
+def one_step(train_module: TrainModule, loader: BatchLoader, step: int, size: int = 8, lr: float = 1e-3) -> StepResult:
+    """Optimizer step number ``step``, from 1, over the next ``size`` samples."""
+    batches = loader.load((step - 1) * size, size, step)
+    return train_step(train_module, batches, lr, False, StepTimer(torch.device("cpu")))
+
+
+def recorded_steps(config: Config, steps: int = 2) -> tuple[Recorder, Trace]:
+    """Some steps of this rank, its set-up recorded too; the trace is of the last one."""
+    recorder = Recorder()
+    with recorder:
+        train_module, loader = set_up(config)
+    recorder._groups.update(group_labels(train_module.context))
+    for step in range(1, steps + 1):
+        with recorder, recorder.section() as trace:
+            one_step(train_module, loader, step, config.train.global_batch_size)
+    return recorder, trace
+
+
 def train_and_save(config: Config, target: Path, source: Path | None, first: int, last: int) -> list[float]:
     """Loads ``source`` where there is one, trains steps ``first`` to ``last`` at a fixed learning rate and saves."""
     train_module, loader = set_up(config)
@@ -127,8 +147,7 @@ def train_and_save(config: Config, target: Path, source: Path | None, first: int
     size = config.train.global_batch_size
     losses = []
     for step in range(first, last + 1):
-        batches = loader.load((step - 1) * size, size, step)
-        losses.append(train_step(train_module, batches, 1e-3, False, StepTimer(torch.device("cpu"))).loss)
+        losses.append(one_step(train_module, loader, step, size).loss)
     state = CheckpointState(
         model=asdict(config.model),
         step=last,
@@ -154,8 +173,7 @@ def train_ranks(config: Config) -> tuple[list[float], list[float], list[tuple[st
     losses, norms = [], []
     for step in range(1, config.train.steps + 1):
         lr = learning_rate(config.lr_schedule, config.optimizer.lr, step, config.train.steps)
-        batches = loader.load((step - 1) * size, size, step)
-        result = train_step(train_module, batches, lr, False, StepTimer(torch.device("cpu")))
+        result = one_step(train_module, loader, step, size, lr)
         losses.append(result.loss)
         norms.append(result.gradient_norm)
     return losses, norms, slices

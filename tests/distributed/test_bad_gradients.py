@@ -12,10 +12,8 @@ import torch
 from megatron_med.config.schema import Config
 from megatron_med.train.loop import _first_bad_gradient
 from megatron_med.train.setup import Run
-from megatron_med.train.step import train_step
-from megatron_med.train.timers import StepTimer
 from tests.ranks import run_ranks
-from tests.training import MODELS, make_config, set_up
+from tests.training import MODELS, make_config, one_step, set_up
 
 NAME = "layers.3.mlp.down.weight"
 BAD_RANK = 3
@@ -24,7 +22,7 @@ BAD_RANK = 3
 def _train(config: Config, value: float) -> tuple[list[bool], bool, str, list[float]]:
     """Three steps; the second meets one bad number on one rank after its reduction."""
     train_module, loader = set_up(config)
-    finish = train_module.data_parallel.finish
+    finish = train_module.data_parallel.finalize_grads
     steps = 0
 
     def poisoned() -> None:
@@ -33,12 +31,11 @@ def _train(config: Config, value: float) -> tuple[list[bool], bool, str, list[fl
             if steps == 2 and item.layout.name == NAME and train_module.context.world.rank == BAD_RANK:
                 item.gradient.view(-1)[5] = value
 
-    train_module.data_parallel.finish = poisoned  # type: ignore[method-assign]
+    train_module.data_parallel.finalize_grads = poisoned  # type: ignore[method-assign]
     skipped, losses, name, unchanged = [], [], "", True
     for steps in (1, 2, 3):
         before = [item.master.clone() for item in train_module.optimizer.owned]
-        batches = loader.load(8 * steps, 8, steps)
-        result = train_step(train_module, batches, 1e-2, False, StepTimer(torch.device("cpu")))
+        result = one_step(train_module, loader, steps, lr=1e-2)
         same = all(torch.equal(a, item.master) for a, item in zip(before, train_module.optimizer.owned, strict=True))
         skipped.append(result.skipped)
         losses.append(result.loss)

@@ -22,12 +22,9 @@ from megatron_med.parallel.context import single_process_context
 from megatron_med.parallel.parameters import initialise, parameters_with_layout
 from megatron_med.plan.cluster import KINDS, Cluster
 from megatron_med.plan.predict import plan
-from megatron_med.tracing.recorder import Recorder
-from megatron_med.train.step import train_step
-from megatron_med.train.timers import StepTimer
 from tests.cli.processes import read_metrics, train, train_on_ranks, write_config
 from tests.ranks import run_ranks
-from tests.training import MODELS, make_config, set_up, stored_entries, train_and_save
+from tests.training import MODELS, make_config, recorded_steps, stored_entries, train_and_save
 
 STAGE = ["embedding.*", "layers.0.*", "layers.1.*"]
 """All that the first of two stages holds, with ``layers_per_stage`` [2, 3]."""
@@ -139,14 +136,7 @@ PLANNED: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 def _peak(config: Config) -> int:
-    recorder = Recorder()
-    with recorder:
-        train_module, loader = set_up(config)
-    size = config.train.global_batch_size
-    for step in (1, 2):
-        with recorder, recorder.section():
-            batches = loader.load(size * (step - 1), size, step)
-            train_step(train_module, batches, 1e-3, False, StepTimer(torch.device("cpu")))
+    recorder, _ = recorded_steps(config)
     return recorder.peak
 
 

@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_med.config.schema import Config, OverlapConfig
 from megatron_med.parallel import buckets
 from megatron_med.tracing.recorder import Recorder, group_labels
 from megatron_med.tracing.trace import Collective, Event, Kernel, Wait
-from megatron_med.train.step import train_step
-from megatron_med.train.timers import StepTimer
 from tests.ranks import run_ranks
-from tests.training import MODELS, make_config, set_up
+from tests.training import MODELS, make_config, one_step, set_up
 
 LAYERS, MICRO_BATCHES, STEPS = 4, 4, 2
 INPUT_GRADIENT, WEIGHT_GRADIENT = "mm", "addmm_"
@@ -31,8 +28,8 @@ def _recorded(config: Config) -> list[Event]:
     buckets.BUCKET_ELEMENTS = 10_000  # several buckets of a small model
     train_module, loader = set_up(config)
     with Recorder(group_labels(train_module.context)) as recorder:
-        for step in range(STEPS):
-            train_step(train_module, loader.load(8 * step, 8, step), 1e-3, False, StepTimer(torch.device("cpu")))
+        for step in range(1, STEPS + 1):
+            one_step(train_module, loader, step)
     return recorder.trace.events
 
 
@@ -167,7 +164,7 @@ def _outputs_alive(config: Config) -> int:
         before(chunk, is_last)
 
     train_module.engine._before_backward = count
-    train_step(train_module, loader.load(0, 8, 1), 1e-3, False, StepTimer(torch.device("cpu")))
+    one_step(train_module, loader, 1)
     return alive[0]
 
 

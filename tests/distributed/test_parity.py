@@ -8,15 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_med.config.schema import Config
 from megatron_med.parallel.random import DropoutRegion
-from megatron_med.train.step import train_step, validation_loss
-from megatron_med.train.timers import StepTimer
+from megatron_med.train.step import validation_loss
 from tests.distributed.combinations import TABLE, Combination, possible
 from tests.ranks import run_ranks
-from tests.training import MODELS, STEPS, Trained, gather, make_config, set_up, train_ranks
+from tests.training import MODELS, STEPS, Trained, gather, make_config, one_step, set_up, train_ranks
 
 LOSS_BOUND = 1e-5
 GRADIENT_BOUND = 1e-5
@@ -81,8 +79,7 @@ def _losses_by_micro_batches(config: Config, counts: list[int]) -> list[float]:
     losses = []
     for count in counts:
         train_module.data_parallel.finish_param_sync()
-        batches = loader.load(0, count, 1)
-        losses.append(train_step(train_module, batches, 1e-3, False, StepTimer(torch.device("cpu"))).loss)
+        losses.append(one_step(train_module, loader, 1, size=count).loss)
     return losses
 
 
@@ -125,8 +122,7 @@ def _validate_between_steps(config: Config) -> list[float]:
     held_out = loader.load(80, 13, 0)  # a last micro-batch that is not full
     losses = [validation_loss(train_module, held_out)]
     for step in (1, 2):
-        batches = loader.load(8 * (step - 1), 8, step)
-        losses.append(train_step(train_module, batches, 4e-3, False, StepTimer(torch.device("cpu"))).loss)
+        losses.append(one_step(train_module, loader, step, lr=4e-3).loss)
         losses.append(validation_loss(train_module, held_out))
     for item in train_module.optimizer.owned:
         item.master.mul_(0.5)
@@ -208,7 +204,7 @@ def _drop_patterns(config: Config) -> dict[str, list[int]]:
         return drawn
 
     DropoutRegion.seed = noted  # type: ignore[method-assign]
-    train_step(train_module, loader.load(0, 2, 1), 1e-3, False, StepTimer(torch.device("cpu")))
+    one_step(train_module, loader, 1, size=2)
     return seeds
 
 

@@ -9,17 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_med.config.schema import Config
 from megatron_med.plan.cluster import KINDS, Cluster
 from megatron_med.plan.predict import Plan, plan
-from megatron_med.tracing.recorder import Recorder, group_labels
 from megatron_med.tracing.trace import Trace
-from megatron_med.train.step import train_step
-from megatron_med.train.timers import StepTimer
 from tests.ranks import run_ranks
-from tests.training import GPT2, LLAMA, make_config, set_up
+from tests.training import GPT2, LLAMA, make_config, recorded_steps
 
 WIDE = {
     "num_layers": 8,
@@ -62,15 +58,7 @@ def _config(prefix: Path, name: str, precision: str) -> Config:
 
 def _real_steps(config: Config) -> tuple[int, dict[str, tuple[int, int]]]:
     """Peak bytes of two steps, and calls and bytes of each group in the second one."""
-    recorder = Recorder()
-    with recorder:
-        train_module, loader = set_up(config)
-    recorder._groups.update(group_labels(train_module.context))
-    samples = config.train.global_batch_size
-    for step in range(1, 3):
-        with recorder, recorder.section() as trace:
-            batches = loader.load(samples * (step - 1), samples, step)
-            train_step(train_module, batches, 1e-3, False, StepTimer(torch.device("cpu")))
+    recorder, trace = recorded_steps(config)
     return recorder.peak, _traffic(trace)
 
 

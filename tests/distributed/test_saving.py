@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megatron_med.checkpoint import save as saving
 from megatron_med.checkpoint.folder import CheckpointState, complete_steps, resolve_checkpoint, step_folder
@@ -17,17 +16,11 @@ from megatron_med.checkpoint.save import CheckpointSaver
 from megatron_med.checkpoint.storage import Reader
 from megatron_med.config.schema import Config
 from megatron_med.errors import CheckpointError
-from megatron_med.train.step import TrainModule, train_step
-from megatron_med.train.timers import StepTimer
 from tests.ranks import run_ranks
-from tests.training import MODELS, make_config, set_up
+from tests.training import MODELS, make_config, one_step, set_up
 
 PARALLEL = {"tensor": 2}
 NAME = "layers.1.mlp.down.weight"
-
-
-def _step(train_module: TrainModule, loader: Any, step: int) -> None:
-    train_step(train_module, loader.load(8 * step, 8, step), 1e-2, False, StepTimer(torch.device("cpu")))
 
 
 def _save_and_train_on(config: Config, checkpoints: Path) -> tuple[bool, np.ndarray, np.ndarray]:
@@ -42,13 +35,13 @@ def _save_and_train_on(config: Config, checkpoints: Path) -> tuple[bool, np.ndar
     saving._write = held_back
     committed: list[Path] = []
     saver = CheckpointSaver(train_module.context, asynchronous=True, on_commit=committed.append)
-    _step(train_module, loader, 1)
+    one_step(train_module, loader, 1)
     (item,) = (item for item in train_module.optimizer.owned if item.layout.name == NAME)
     before = item.master.numpy().copy()
     state = CheckpointState(model=asdict(config.model), step=1)
     saver.save(step_folder(checkpoints, 1), train_module.optimizer, state)
     early = bool(complete_steps(checkpoints))
-    _step(train_module, loader, 2)
+    one_step(train_module, loader, 2)
     gate.set()
     saver.wait()
     assert committed == ([step_folder(checkpoints, 1)] if train_module.context.world.is_first else [])

@@ -15,10 +15,8 @@ from megatron_med.checkpoint.huggingface.convert import export_huggingface
 from megatron_med.checkpoint.save import save_checkpoint
 from megatron_med.config.schema import Config
 from megatron_med.optim.lr_schedule import learning_rate
-from megatron_med.train.step import train_step
-from megatron_med.train.timers import StepTimer
 from tests.ranks import run_ranks
-from tests.training import MODELS, make_config, set_up
+from tests.training import MODELS, make_config, one_step, set_up
 
 TOLERANCE = 1e-4
 
@@ -37,7 +35,7 @@ def _ours(config: Config, folder: Path) -> dict[str, Any]:
     for step in range(1, config.train.steps + 1):
         lr = learning_rate(config.lr_schedule, config.optimizer.lr, step, config.train.steps)
         micro_batches = loader.load((step - 1) * size, size, step)
-        result = train_step(train_module, micro_batches, lr, False, StepTimer(torch.device("cpu")))
+        result = one_step(train_module, loader, step, size, lr)
         losses.append(result.loss)
         norms.append(result.gradient_norm)
         rates.append(lr)
