@@ -6,20 +6,26 @@ softmax(z) - onehot(target). Each rank gives maximum, sum and target logit of it
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from megatron_med.kernels.backend import operation
 from megatron_med.kernels.opaque import Cost, opaque_operation
 
-_ROWS = 256
-"""Tokens at a time: what is computed in fp32 on the way never fills the memory."""
+BLOCK = 1 << 23
+"""Logits that are taken at a time: 32 MiB in fp32, enough to fill a GPU, and never the whole vocabulary of a batch."""
+
+
+def _rows_of_a_block(logits: Tensor) -> int:
+    return max(1, BLOCK // logits.shape[-1])
 
 
 def _workspace(logits: Tensor) -> int:
-    """fp32 columns of the rows at hand, and for each its target's column (8 bytes) and what is added there (1 + 4)."""
+    """fp32 logits of a block, and for each row its target's column (8 bytes) and what is added there (1 + 4)."""
     columns = logits.shape[-1]
-    return min(_ROWS, logits.numel() // max(1, columns)) * (4 * columns + 13)
+    return min(_rows_of_a_block(logits), logits.numel() // columns) * (4 * columns + 13)
 
 
 def _forward_fake(logits: Tensor, targets: Tensor, true_columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,8 +55,7 @@ def cross_entropy_forward(logits: Tensor, targets: Tensor, true_columns: int) ->
     maximum, total, target_logit = _forward_fake(logits, targets, true_columns)
     if true_columns == 0:
         return maximum.fill_(float("-inf")), total.zero_(), target_logit.zero_()
-    parts = (each.view(-1).split(_ROWS) for each in (targets, maximum, total, target_logit))
-    for padded, target, peak, summed, hit in zip(_rows(logits), *parts, strict=True):
+    for padded, target, peak, summed, hit in _blocks(logits, logits, targets, maximum, total, target_logit):
         z = padded[:, :true_columns]
         peak.copy_(z.amax(dim=-1))
         summed.copy_((z - peak.unsqueeze(-1)).exp_().sum(dim=-1))
@@ -84,8 +89,7 @@ def cross_entropy_backward(
         ``[..., columns]`` in the type of the logits; 0 in the padding.
     """
     out = torch.empty_like(logits)
-    parts = (each.view(-1).split(_ROWS) for each in (targets, log_total, grad))
-    for z, result, target, shift, scale in zip(_rows(logits), _rows(out), *parts, strict=True):
+    for z, result, target, shift, scale in _blocks(logits, logits, out, targets, log_total, grad):
         softmax = (z - shift.unsqueeze(-1)).exp_()
         softmax[:, true_columns:] = 0
         column = target.clamp(min=0).unsqueeze(-1)
@@ -95,5 +99,8 @@ def cross_entropy_backward(
     return out
 
 
-def _rows(logits: Tensor) -> tuple[Tensor, ...]:
-    return logits.view(-1, logits.shape[-1]).split(_ROWS)
+def _blocks(logits: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Some rows of every tensor at a time: ``[rows, columns]`` of those with columns, ``[rows]`` of the others."""
+    rows, shape = _rows_of_a_block(logits), logits.shape
+    flat = (tensor.view(-1, shape[-1]) if tensor.shape == shape else tensor.view(-1) for tensor in tensors)
+    return zip(*(tensor.split(rows) for tensor in flat), strict=True)

@@ -56,7 +56,13 @@ def test_the_choice_is_told_by_print_config_and_at_the_start(tmp_path: Path, sam
     assert any(told.startswith(line) for told in train(config).stdout.splitlines())
 
 
-ROWS, COLUMNS, TRUE = 600, 40, 37
+ROWS, COLUMNS, TRUE, BLOCK_ROWS = 600, 40, 37, 256
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of few rows, the last one not full."""
+    monkeypatch.setattr(cross_entropy, "BLOCK", BLOCK_ROWS * COLUMNS + 1)
 
 
 def _operands(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,7 +86,7 @@ def test_an_opaque_operation_is_recorded_by_what_it_declares(dtype: torch.dtype)
     assert sum([*forward.reads.values(), *forward.writes.values()]) == count * (2 * itemsize + 16)
     assert sum([*backward.reads.values(), *backward.writes.values()]) == count * (2 * itemsize + 24)
     assert forward.flops == backward.flops == 4 * count
-    held = 2 * count * itemsize + 256 * (4 * COLUMNS + 13)  # twice the logits, rows in fp32
+    held = 2 * count * itemsize + BLOCK_ROWS * (4 * COLUMNS + 13)  # twice the logits, a block of rows in fp32
     assert recorder.peak == held + ROWS * 5 * 4  # three statistics, their sum, ones
 
 
