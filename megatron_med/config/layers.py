@@ -67,9 +67,9 @@ def cut_into_chunks(
     counts = layers_per_stage or split_layers(model, total)
     assert len(counts) == total, f"{len(counts)} numbers of layers for {total} chunks: validate() missed it"
     assert sum(counts) == model.num_layers, f"{sum(counts)} of {model.num_layers} layers: validate() missed it"
-    starts = [sum(counts[:place]) for place in range(total)]
+    starts = [sum(counts[:index]) for index in range(total)]
     chunks = [
-        Chunk(range(start, start + count), place == 0, place == total - 1)
-        for place, (start, count) in enumerate(zip(starts, counts, strict=True))
+        Chunk(range(start, start + count), index == 0, index == total - 1)
+        for index, (start, count) in enumerate(zip(starts, counts, strict=True))
     ]
     return [chunks[stage::stages] for stage in range(stages)]

@@ -123,8 +123,8 @@ class Reader:
         if typing.get_origin(hint) is tuple:
             if len(value) != len(inner):
                 self._refuse(where, value, f"{len(inner)} values")
-            return tuple(self._value(inner[0], item, f"{where}[{place}]") for place, item in enumerate(value))
-        return [self._value(inner[0], item, f"{where}[{place}]") for place, item in enumerate(value)]
+            return tuple(self._value(inner[0], item, f"{where}[{index}]") for index, item in enumerate(value))
+        return [self._value(inner[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
 
     def _scalar(self, hint: Any, value: Any, where: str) -> Any:
         if hint is Any or (isinstance(value, hint) and not (hint in (int, float) and isinstance(value, bool))):

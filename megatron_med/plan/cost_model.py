@@ -145,12 +145,12 @@ class CostModel:
             yield from trace.events
             return
         run: list[Kernel] = []
-        for place, event in enumerate(trace.events):
+        for index, event in enumerate(trace.events):
             if isinstance(event, Kernel) and event.kind == "elementwise":
                 run.append(event)
                 continue
             if run:
-                yield _fuse(run, place, trace.deaths)
+                yield _fuse(run, index, trace.deaths)
                 run = []
             yield event
         if run:

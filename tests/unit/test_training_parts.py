@@ -13,6 +13,7 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import LRScheduleConfig, ModelConfig
 from megatron_med.errors import ConfigError
+from megatron_med.launch.failure_report import is_connection_failure
 from megatron_med.model.build import build_stage
 from megatron_med.model.flops import parameter_count, training_flops_per_token
 from megatron_med.optim.lr_schedule import learning_rate
@@ -118,3 +119,19 @@ def test_second_claim_is_refused_until_the_first_lets_go(tmp_path: Path) -> None
     first.release()
     second.claim()
     second.release()
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer", True),
+        ("Application timeout caused pair closure", True),  # another collective of the group timed out first
+        ("NCCL communicator was aborted on rank 3", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_a_failed_collective_is_told_from_a_fault_of_this_rank(message: str, expected: bool) -> None:
+    assert is_connection_failure(RuntimeError(message)) == expected
+    wrapped = ValueError("while saving")
+    wrapped.__cause__ = RuntimeError(message)
+    assert is_connection_failure(wrapped) == expected

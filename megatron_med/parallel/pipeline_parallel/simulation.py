@@ -243,8 +243,8 @@ def messages_waiting(schedule: Schedule, simulation: Simulation, ahead: int = 1)
     ends = {(stage, action): end for stage, action, _, end in simulation.intervals}
     asked: dict[Place, float] = {}
     for stage, actions in enumerate(schedule):
-        for place, action in enumerate(actions):
-            asks_at = starts[stage, actions[max(0, place - ahead)]]
+        for index, action in enumerate(actions):
+            asks_at = starts[stage, actions[max(0, index - ahead)]]
             asked |= {need: asks_at for need in dependencies(action, stage, len(schedule), chunks) if need[0] != stage}
     waiting = []
     for stage, actions in enumerate(schedule):
