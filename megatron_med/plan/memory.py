@@ -117,8 +117,8 @@ def _gathered_weights(stage: StageModel) -> float:
 
 
 def _gathered_layers(stage: StageModel, activations: float) -> float:
-    """FSDP2 holds whole: two layers and the chunk's own parameters; in a pipeline all of them, until their last
-    backward pass. One layer's gradients travel in fp32 when its activations are gone, those of embedding and head
+    """FSDP2 holds whole: two layers, the buffer that one was gathered in, and the chunk's own parameters; in a pipeline
+    all of them, until their last backward pass. One layer's gradients travel in fp32 when its activations are gone, those of embedding and head
     when all are."""
     held: dict[str, int] = {}
     travelling: dict[str, int] = {}
@@ -128,7 +128,8 @@ def _gathered_layers(stage: StageModel, activations: float) -> float:
         held[unit] = held.get(unit, 0) + parameter.elements
         travelling[unit] = travelling.get(unit, 0) + parameter.elements * parameter.layout.trained
     around, around_travelling = held.pop("around", 0), travelling.pop("around", 0)
-    whole = sum(held.values()) if stage.config.parallel.pipeline > 1 else min(2, len(held)) * max(held.values())
+    in_pipeline = stage.config.parallel.pipeline > 1
+    whole = sum(held.values()) if in_pipeline else (min(2, len(held)) + 1) * max(held.values())
     layer_kept = stage.traces[-1].layers[-1].each(lambda trace: trace.kept)
     if not stage.state.trained:
         # No backward pass: the peak is in the forward one, where a layer's buffer is let go of by the next layer.

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_med.config.schema import Config, OverlapConfig
-from megatron_med.parallel import buckets
+from megatron_med.parallel.data_parallel import buckets
 from megatron_med.tracing.recorder import Recorder, group_labels
 from megatron_med.tracing.trace import Collective, Event, Kernel, Wait
 from tests.ranks import run_ranks
@@ -110,7 +110,7 @@ def test_buckets_hide_behind_the_last_backward_and_the_next_forward_pass(sample_
 
 @pytest.mark.parametrize(
     ("ranks", "group", "parallel"),
-    [(2, "dp", {"sharding": "none"}), (4, "dp_replicate", {"replicate": 2})],
+    [(2, "dp_shard", {"sharding": "none"}), (4, "dp_replicate", {"replicate": 2})],
     ids=["whole buckets", "slices"],
 )
 def test_replicas_sum_under_the_last_backward_pass(

@@ -155,7 +155,7 @@ def test_a_warm_start_hashes_nothing_and_reads_little(tmp_path: Path, monkeypatc
     def refused(*_: object) -> None:
         raise AssertionError("a warm start reads whole files")
 
-    monkeypatch.setattr(cache_module, "_sha256", refused)
+    monkeypatch.setattr(cache_module, "sha256", refused)
     monkeypatch.setattr("megatron_med.data.gpt._fingerprint", refused)
     monkeypatch.setattr(IndexedDataset, "token_count", property(refused))
     again = PackedDataset(IndexedDataset(tmp_path / "c"), 128, 1, tmp_path / "cache")
