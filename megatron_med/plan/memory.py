@@ -118,8 +118,8 @@ def _gathered_weights(stage: StageModel) -> float:
 
 def _gathered_layers(stage: StageModel, activations: float) -> float:
     """FSDP2 holds whole: two layers, the buffer that one was gathered in, and the chunk's own parameters; in a pipeline
-    all of them, until their last backward pass. One layer's gradients travel in fp32 when its activations are gone, those of embedding and head
-    when all are."""
+    all of them, until their last backward pass. One layer's gradients travel in fp32 when its activations are gone,
+    those of embedding and head when all are."""
     held: dict[str, int] = {}
     travelling: dict[str, int] = {}
     for parameter in stage.state.parameters:
