@@ -14,18 +14,10 @@ from torch import Tensor
 from megatron_med.kernels.backend import operation
 from megatron_med.kernels.opaque import Cost, opaque_operation
 
-BLOCK = 1 << 23
-"""Logits that are taken at a time: 32 MiB in fp32, enough to fill a GPU, and never the whole vocabulary of a batch."""
-
-
-def _rows_of_a_block(logits: Tensor) -> int:
-    return max(1, BLOCK // logits.shape[-1])
-
-
-def _workspace(logits: Tensor) -> int:
-    """fp32 logits of a block, and for each row its target's column (8 bytes) and what is added there (1 + 4)."""
-    columns = logits.shape[-1]
-    return min(_rows_of_a_block(logits), logits.numel() // columns) * (4 * columns + 13)
+BLOCK = {"cuda": 1 << 23}
+CPU_BLOCK = 1 << 19
+"""Logits that are taken at a time, never the whole vocabulary of a batch: on a GPU 32 MiB in fp32, which fill it; on a
+CPU 2 MiB, which stay in its cache."""
 
 
 def _forward_fake(logits: Tensor, targets: Tensor, true_columns: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,9 +26,9 @@ def _forward_fake(logits: Tensor, targets: Tensor, true_columns: int) -> tuple[T
 
 
 def _forward_cost(logits: Tensor, targets: Tensor, true_columns: int) -> Cost:
-    """The maximum reads the logits; then they are read, and fp32 differences written, replaced and summed."""
+    """The maximum reads the logits; softmax reads them and writes fp32, whose maximum is read."""
     count = logits.numel()
-    return Cost(4.0 * count, count * (2 * logits.element_size() + 16), _workspace(logits))
+    return Cost(4.0 * count, count * (2 * logits.element_size() + 8), _softmax_workspace(logits))
 
 
 @operation
@@ -58,45 +50,58 @@ def cross_entropy_forward(logits: Tensor, targets: Tensor, true_columns: int) ->
     for padded, target, peak, summed, hit in _blocks(logits, logits, targets, maximum, total, target_logit):
         z = padded[:, :true_columns]
         peak.copy_(z.amax(dim=-1))
-        summed.copy_((z - peak.unsqueeze(-1)).exp_().sum(dim=-1))
+        # One fused kernel; the largest probability is exp(0) / sum.
+        summed.copy_(z.softmax(dim=-1, dtype=torch.float32).amax(dim=-1)).reciprocal_()
         hit.copy_(z.gather(-1, target.clamp(min=0).unsqueeze(-1)).squeeze(-1)).masked_fill_(target < 0, 0)
     return maximum, total, target_logit
 
 
-def _backward_fake(logits: Tensor, targets: Tensor, log_total: Tensor, grad: Tensor, true_columns: int) -> Tensor:
+def _backward_fake(logits: Tensor, targets: Tensor, share: Tensor, grad: Tensor, true_columns: int) -> Tensor:
     return torch.empty_like(logits)
 
 
-def _backward_cost(logits: Tensor, targets: Tensor, log_total: Tensor, grad: Tensor, true_columns: int) -> Cost:
-    """Logits are read, fp32 probabilities written, replaced, scaled, and rounded into the result."""
+def _backward_cost(logits: Tensor, targets: Tensor, share: Tensor, grad: Tensor, true_columns: int) -> Cost:
+    """Softmax reads the logits and writes fp32, which is scaled and rounded into the result."""
     count = logits.numel()
-    return Cost(4.0 * count, count * (2 * logits.element_size() + 24), _workspace(logits))
+    return Cost(4.0 * count, count * (2 * logits.element_size() + 16), _softmax_workspace(logits, 12))
 
 
 @operation
 @opaque_operation(_backward_fake, _backward_cost)
-def cross_entropy_backward(
-    logits: Tensor, targets: Tensor, log_total: Tensor, grad: Tensor, true_columns: int
-) -> Tensor:
+def cross_entropy_backward(logits: Tensor, targets: Tensor, share: Tensor, grad: Tensor, true_columns: int) -> Tensor:
     """(softmax - onehot) * grad on this rank's columns.
 
     Args:
         logits, targets, true_columns: as in ``cross_entropy_forward``.
-        log_total: ``[...]`` fp32, log sum exp(logits) over the columns of all ranks.
+        share: ``[...]`` fp32, of sum exp(logits) that lies in this rank's columns.
         grad: ``[...]`` fp32, of each token's loss.
 
     Returns:
         ``[..., columns]`` in the type of the logits; 0 in the padding.
     """
     out = torch.empty_like(logits)
-    for z, result, target, shift, scale in _blocks(logits, logits, out, targets, log_total, grad):
-        softmax = (z - shift.unsqueeze(-1)).exp_()
-        softmax[:, true_columns:] = 0
-        column = target.clamp(min=0).unsqueeze(-1)
-        softmax.scatter_add_(-1, column, (target >= 0).to(softmax.dtype).neg_().unsqueeze(-1))
-        result.copy_(softmax.mul_(scale.unsqueeze(-1)))
-        del softmax, column  # before the next rows need theirs
+    if true_columns == 0:
+        return out.zero_()
+    for padded, result, target, own, scale in _blocks(logits, logits, out, targets, share, grad):
+        softmax = padded[:, :true_columns].softmax(dim=-1, dtype=torch.float32).mul_((own * scale).unsqueeze(-1))
+        hit = (scale * (target >= 0)).neg_().unsqueeze(-1)
+        softmax.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), hit)
+        result[:, :true_columns] = softmax
+        result[:, true_columns:] = 0
+        del softmax, hit  # before the next rows need theirs
     return out
+
+
+def _rows_of_a_block(logits: Tensor) -> int:
+    return max(1, BLOCK.get(logits.device.type, CPU_BLOCK) // logits.shape[-1])
+
+
+def _softmax_workspace(logits: Tensor, more: int = 0) -> int:
+    """fp32 probabilities of a block, and ``more`` bytes a row afterwards. On the CPU half-precision logits are turned
+    into fp32 first."""
+    columns = logits.shape[-1]
+    rows = min(_rows_of_a_block(logits), logits.numel() // columns)
+    return rows * (4 * columns + (more if logits.dtype == torch.float32 else 4 * columns))
 
 
 def _blocks(logits: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

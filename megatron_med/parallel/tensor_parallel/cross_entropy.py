@@ -19,14 +19,14 @@ class _VocabParallelCrossEntropy(Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, true_columns: int, tp: Axis) -> Tensor:
-        local_maximum, total, target_logit = cross_entropy_forward(logits, targets, true_columns)
+        local_maximum, local_total, target_logit = cross_entropy_forward(logits, targets, true_columns)
         maximum = all_reduce(local_maximum.clone(), tp, dist.ReduceOp.MAX)
         all_reduce(target_logit, tp)
-        total = all_reduce(total * (local_maximum - maximum).exp(), tp)
-        log_total = total.log_().add_(maximum)
-        ctx.save_for_backward(logits, targets, log_total)
+        local_total.mul_((local_maximum - maximum).exp_())
+        total = all_reduce(local_total.clone(), tp)
+        ctx.save_for_backward(logits, targets, local_total.div_(total))
         ctx.true_columns = true_columns
-        return log_total - target_logit
+        return total.log_().add_(maximum).sub_(target_logit)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
