@@ -27,11 +27,24 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         if partial.is_file():
             sync_path(partial)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(partial, path)
+        _put_in_place(partial, path)
     finally:
         _remove(partial)
+
+
+def _put_in_place(partial: Path, path: Path) -> None:
+    """A folder that stands there steps aside first: no system call replaces a folder that holds something."""
+    if path.is_symlink() or not path.is_dir():
+        os.replace(partial, path)
+        return
+    aside = path.with_name(f"{path.name}.{os.getpid()}.aside{PARTIAL}")
+    os.replace(path, aside)
+    try:
+        os.replace(partial, path)
+    except BaseException:
+        os.replace(aside, path)
+        raise
+    _remove(aside)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,7 +86,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -165,22 +165,22 @@ def stored_entries(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def train_ranks(config: Config) -> tuple[list[float], list[float], list[tuple[str, tuple[int, ...], Any, np.ndarray]]]:
-    """Trains on every rank; losses, norms, and this rank's slices of the first step's gradients."""
+    """Trains on every rank; losses, norms, and this rank's shards of the first step's gradients."""
     train_module, loader = set_up(config)
     size = config.train.global_batch_size
     compute_gradients(train_module, loader.load(0, size, 1), StepTimer(torch.device("cpu")))
-    slices = [_gradient_slice(train_module, item) for item in train_module.optimizer.owned]
+    shards = [_gradient_shard(train_module, item) for item in train_module.optimizer.owned]
     losses, norms = [], []
     for step in range(1, config.train.steps + 1):
         lr = learning_rate(config.lr_schedule, config.optimizer.lr, step, config.train.steps)
         result = one_step(train_module, loader, step, size, lr)
         losses.append(result.loss)
         norms.append(result.gradient_norm)
-    return losses, norms, slices
+    return losses, norms, shards
 
 
-def _gradient_slice(train_module: TrainModule, item: Any) -> tuple[str, tuple[int, ...], Any, np.ndarray]:
-    """Name, global shape, where the slice lies (start and stop of each dimension), values."""
+def _gradient_shard(train_module: TrainModule, item: Any) -> tuple[str, tuple[int, ...], Any, np.ndarray]:
+    """Name, global shape, where the shard lies (start and stop of each dimension), values."""
     layout, context = item.layout, train_module.context
     where = [[0, size] for size in layout.global_shape]
     if layout.tp_dim is not None:
@@ -198,10 +198,10 @@ def gather(results: list[Any]) -> Trained:
     """Joins what the ranks returned; every copy of a gradient must be equal."""
     losses, norms, _ = results[0]
     gradients: dict[str, np.ndarray] = {}
-    for other_losses, other_norms, slices in results:
+    for other_losses, other_norms, shards in results:
         assert other_losses == losses, "ranks disagree on the loss"
         assert other_norms == norms, "ranks disagree on the gradient norm"
-        for name, shape, where, values in slices:
+        for name, shape, where, values in shards:
             whole = gradients.setdefault(name, np.full(shape, np.nan, np.float32))
             region = tuple(slice(start, stop) for start, stop in where)
             if not np.isnan(whole[region]).any():

@@ -59,7 +59,7 @@ class PackedDataset:
 
     def sample(self, index: int) -> Sample:
         """Sample ``index``, counted on over all epochs."""
-        ids = [part for _, _, part in self.parts(index)]
+        ids = [part for _, _, part in self.parts(index) if len(part)]
         tokens = np.concatenate(ids)
         if not self.isolate_documents:
             return without_borders(tokens)

@@ -52,4 +52,11 @@ def operation(reference: F) -> F:
 
 def _available(operation: str) -> list[tuple[str, str]]:
     """Implementations whose module is installed."""
-    return [(name, module) for name, module in OPERATIONS[operation] if importlib.util.find_spec(module) is not None]
+    return [(name, module) for name, module in OPERATIONS[operation] if _is_installed(module)]
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that it would be in is not
+        return False

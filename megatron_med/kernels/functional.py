@@ -130,7 +130,7 @@ def attention(
     assert causal, "documents are kept apart in training only"
     seq, batch = query.shape[:2]
     q, k, v = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))  # [batch * seq, heads, head_dim]
-    if query.is_cuda and query.dtype != torch.float32 and not dropout:
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         out = _varlen(q, k, v, documents)
     else:
         out = _document_by_document(q, k, v, documents, dropout)

@@ -62,8 +62,8 @@ class FailureReport:
 
     def record(self, code: int, reason: str) -> None:
         """Tells the others that this rank ends the run, and why; the first one counts."""
-        confession = json.dumps({"rank": self._rank, "code": code, "reason": reason})
-        self._in_time(lambda: self._store.compare_set("cause", "", confession))
+        cause = json.dumps({"rank": self._rank, "code": code, "reason": reason})
+        self._in_time(lambda: self._store.compare_set("cause", "", cause))
 
     def cause(self) -> Cause | None:
         """What the first rank that failed by itself has told."""

@@ -57,8 +57,8 @@ def _reductions(stage: StageModel, cost: CostModel) -> list[float]:
         once = [call for chunk in chunks for call in unit_reductions(stage, chunk, cost)]
         return [*once, cost.transfer_seconds("all_reduce", 4.0 * state.owned, replicas)]
     return [
-        cost.transfer_seconds("reduce_scatter", 4.0 * bucket.slice * shard.size, shard.ranks)
-        + cost.transfer_seconds("all_reduce", 4.0 * bucket.slice, replicas)
+        cost.transfer_seconds("reduce_scatter", 4.0 * bucket.shard * shard.size, shard.ranks)
+        + cost.transfer_seconds("all_reduce", 4.0 * bucket.shard, replicas)
         for bucket in state.buckets
     ]
 
@@ -72,6 +72,6 @@ def _gathers(stage: StageModel, cost: CostModel) -> list[float]:
         return []
     itemsize = float(stage.itemsize)
     return [
-        cost.transfer_seconds("all_gather", itemsize * bucket.slice * shard.size, shard.ranks)
+        cost.transfer_seconds("all_gather", itemsize * bucket.shard * shard.size, shard.ranks)
         for bucket in state.buckets
     ]

@@ -20,7 +20,7 @@ class Memory:
 
     Attributes:
         weights: that the model computes with.
-        gradients: fp32 sums, whole and in slices.
+        gradients: fp32 sums, whole and in shards.
         optimizer: fp32 masters and both moments.
         activations: at the peak of the schedule.
         temporary: micro-batches, messages under way, gathered or travelling buckets.
@@ -100,7 +100,7 @@ def _while_reducing(stage: StageModel) -> float:
     kept, excess = max(trace.kept for trace in traces), max(trace.backward_excess for trace in traces)
     worst, done, before = 0.0, 0, 0
     for bucket in reversed(state.buckets):
-        buffer = bucket.slice * state.shards
+        buffer = bucket.shard * state.shards
         done += bucket.elements
         left = kept * (1 - done / total)
         worst = max(worst, left + excess + 4.0 * (buffer + before))
@@ -113,7 +113,7 @@ def _gathered_weights(stage: StageModel) -> float:
     state = stage.state
     if not state.is_sharded:
         return 0.0
-    return float(stage.itemsize * sum((state.shards + 1) * bucket.slice for bucket in state.buckets))
+    return float(stage.itemsize * sum((state.shards + 1) * bucket.shard for bucket in state.buckets))
 
 
 def _gathered_layers(stage: StageModel, activations: float) -> float:

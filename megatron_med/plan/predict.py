@@ -14,6 +14,7 @@ from megatron_med.model.flops import (
     training_flops_per_token,
 )
 from megatron_med.model.recompute import Recompute
+from megatron_med.optim.groups import check_groups
 from megatron_med.plan.cluster import Cluster
 from megatron_med.plan.cost_model import CostModel, KernelAssumptions
 from megatron_med.plan.exposed_comm import exposed_seconds
@@ -104,6 +105,7 @@ class Plan:
 
 def plan(config: Config, cluster: Cluster, kernels: KernelAssumptions | None = None) -> Plan:
     """Plans a valid configuration on a cluster."""
+    check_groups(config.model, config.optimizer.groups)
     with fake_world():
         stages = model_stages(config, build_states(config, cluster))
     cost = CostModel(cluster, kernels or KernelAssumptions(), DTYPES[config.precision].itemsize)

@@ -34,12 +34,12 @@ class HeldParameter:
 
     Attributes:
         elements: of the shard.
-        slice: of the largest data-parallel slice of it.
+        shard: of the largest data-parallel shard of it.
     """
 
     layout: ParameterLayout
     elements: int
-    slice: int
+    shard: int
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class GradientBucket:
 
     Attributes:
         elements: of all of them.
-        slice: that one data-parallel rank keeps, padded.
+        shard: that one data-parallel rank keeps, padded.
     """
 
     elements: int
-    slice: int
+    shard: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class StageState:
             most nodes, for all groups wait for the slowest.
         chunks: the stage's parts of the model, first to last.
         parameters: what one rank holds of each.
-        shards: data-parallel ranks that hold different slices.
+        shards: data-parallel ranks that hold different shards.
         buckets: in the order of the forward pass; none under FSDP2.
         weights, gradients, optimizer: bytes.
     """
@@ -106,12 +106,12 @@ class StageState:
     @property
     def owned(self) -> int:
         """Parameters that one rank updates."""
-        return sum(held.slice for held in self.trained)
+        return sum(held.shard for held in self.trained)
 
     @property
     def tied(self) -> int:
         """Owned parameters whose gradients the first and the last stage sum."""
-        return sum(held.slice for held in self.trained if held.layout.shared)
+        return sum(held.shard for held in self.trained if held.layout.shared)
 
     @property
     def is_sharded(self) -> bool:
@@ -179,8 +179,8 @@ class StageModel:
 
     def _unit(self, parameters: list[HeldParameter], reshard_after_forward: bool) -> ShardedUnit:
         ranks = self.groups["fsdp"].size
-        trained = sum(held.slice for held in parameters if held.layout.trained)
-        return ShardedUnit(sum(held.slice for held in parameters) * ranks, trained * ranks, reshard_after_forward)
+        trained = sum(held.shard for held in parameters if held.layout.trained)
+        return ShardedUnit(sum(held.shard for held in parameters) * ranks, trained * ranks, reshard_after_forward)
 
 
 def model_stages(config: Config, states: list[StageState]) -> list[StageModel]:
@@ -235,8 +235,8 @@ def _build(config: Config, stage: int, groups: Mapping[str, Axis]) -> StageState
     layers = [cast(Transformer, chunk).chunk for chunk in chunks]
     elements = sum(held.elements for held in parameters if held.layout.trained)
     if parallel.sharding == "full":
-        owned = sum(held.slice for held in parameters if held.layout.trained)
-        frozen = sum(held.slice for held in parameters if not held.layout.trained)
+        owned = sum(held.shard for held in parameters if held.layout.trained)
+        frozen = sum(held.shard for held in parameters if not held.layout.trained)
         weights = 4.0 * owned + dtype.itemsize * frozen
         # FSDP2 sums the gradients of several backward passes whole where it does not cut them after each
         gradients = elements if parallel.pipeline > 1 else owned
@@ -251,7 +251,7 @@ def _build(config: Config, stage: int, groups: Mapping[str, Axis]) -> StageState
         shards,
         buckets,
         weights=sum(parameter.numel() * parameter.element_size() for parameter in chunks.parameters()),
-        gradients=4.0 * elements + (4.0 * sum(bucket.slice for bucket in buckets) if shards > 1 else 0.0),
+        gradients=4.0 * elements + (4.0 * sum(bucket.shard for bucket in buckets) if shards > 1 else 0.0),
         optimizer=4.0 * sum(m.numel() for m in own_masters) + 8.0 * sum(i.master.numel() for i in data_parallel.owned),
     )
 

@@ -57,7 +57,7 @@ def optimizer_seconds(stages: Sequence[StageModel], cost: CostModel) -> float:
     """Seconds of the slowest stage: the memory traffic of norm, clipping, AdamW, copies of buckets, zeroing.
 
     Per owned element: norm 4 bytes, clipping 8, AdamW 28 (read weight, gradient and moments, write all but the
-    gradient), rounding 4 + itemsize. Per trained element of the stage: zeroing 4, and where slices are cut packing 8,
+    gradient), rounding 4 + itemsize. Per trained element of the stage: zeroing 4, and where shards are cut packing 8,
     unpacking 2 x itemsize.
     """
 

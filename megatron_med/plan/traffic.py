@@ -51,7 +51,7 @@ def _tensor(stage: StageModel) -> Traffic:
         calls = round(trace.total(lambda layers: len(layers.collectives)))
         size = trace.total(lambda layers: sum(event.size for event in layers.collectives))
         total += Traffic(calls * stage.micro_batches, size * stage.micro_batches)
-    partial = sum(held.slice for held in stage.state.trained if held.layout.partial_over_tp)
+    partial = sum(held.shard for held in stage.state.trained if held.layout.partial_over_tp)
     return total + (Traffic(1, 4.0 * partial) if partial else Traffic())
 
 
@@ -73,10 +73,10 @@ def _bucketed(stage: StageModel) -> dict[str, Traffic]:
     calls = len(buckets)
     if stage.config.parallel.sharding == "none":
         return {"loss": Traffic(calls, 4.0 * sum(bucket.elements for bucket in buckets))}
-    slices = sum(bucket.slice for bucket in buckets)
+    shards = sum(bucket.shard for bucket in buckets)
     return {
-        "fsdp": Traffic(2 * calls, (4.0 + stage.itemsize) * slices * stage.groups["fsdp"].size),
-        "dp_replicate": Traffic(calls, 4.0 * slices),
+        "fsdp": Traffic(2 * calls, (4.0 + stage.itemsize) * shards * stage.groups["fsdp"].size),
+        "dp_replicate": Traffic(calls, 4.0 * shards),
     }
 
 

@@ -37,6 +37,7 @@ from megatron_med.data.sample import Sample, without_borders
 from megatron_med.data.sources import blend, find_tokenizer, open_corpora
 from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserError
 from megatron_med.launch.fake import start_fake_process_group
+from megatron_med.optim.groups import check_groups
 from megatron_med.parallel.context import ParallelContext, create_context
 from megatron_med.parallel.pipeline_parallel.schedule import GENERATORS, Action, Schedule
 from megatron_med.tokenizer import Tokenizer
@@ -99,6 +100,7 @@ def dry_run(config: Config, world_size: int, rank: int, micro_batches: int = 0) 
     Raises:
         UserError: what is there (data, tokenizer, checkpoint) does not fit the configuration.
     """
+    check_groups(config.model, config.optimizer.groups)
     device = start_fake_process_group(rank, world_size)
     context = create_context(config.parallel, device)
     yield _place(context)
@@ -212,7 +214,7 @@ def _checkpoint(config: Config, train_module: TrainModule, tokenizer: Tokenizer 
         if isinstance(entry, DTensor):
             local = entry.to_local()
             expected, _ = compute_local_shape_and_global_offset(entry.shape, entry.device_mesh, entry.placements)
-            assert tuple(local.shape) == tuple(expected), f"{name}: slice {local.shape}, its view wants {expected}"
+            assert tuple(local.shape) == tuple(expected), f"{name}: shard {local.shape}, its view wants {expected}"
         size += local.numel() * local.element_size()
     words = f"  checkpoint: {len(entries)} entries of this rank, {size / GIB:.2f} GiB"
     if config.checkpoint.load is None:

@@ -18,14 +18,14 @@ from megatron_med.data.cache import cache_folder
 from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import blend, find_tokenizer, one_pass, open_corpora
-from megatron_med.errors import CheckpointError, ConfigError, UserError
+from megatron_med.errors import CheckpointError, UserError
 from megatron_med.kernels.backend import describe
 from megatron_med.launch.preflight import preflight
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, build_chunks
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
-from megatron_med.optim.groups import freeze_groups, group_faults
+from megatron_med.optim.groups import check_groups, freeze_groups
 from megatron_med.optim.loss_scale import LossScaler
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.collectives import broadcast_object, gather_objects
@@ -101,12 +101,10 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     corpora = open_corpora(data.train, data, train.seed, model.vocab_size, cache)
     identity = _identity(config, corpora)
     _on_first_rank(context, lambda: folder.check_identity(identity))
+    check_groups(model, config.optimizer.groups)
 
     train_module = build_train_module(config, context)
     trained, frozen = _gather_names(train_module)
-    faults = group_faults(trained | frozen, config.optimizer.groups)
-    if faults:
-        raise ConfigError(faults)
     if context.world.is_first:
         print(describe(), flush=True)
     progress = _load(config, folder, train_module, tokenizer, trained, frozen)
@@ -253,7 +251,10 @@ def _load(
             print(f"trained from here on, with fresh moments: {_in_words(thawed)} (frozen in {source})", flush=True)
         dropped = sorted(frozen.difference(state.frozen)) if state.optimizer_steps is not None and everything else []
         if dropped:
-            print(f"frozen from here on, their moments dropped: {_in_words(dropped)}", flush=True)
+            print(
+                f"frozen from here on, stored in {config.precision}, their moments dropped: {_in_words(dropped)}",
+                flush=True,
+            )
     if not everything:
         return Progress()
     steps = state.optimizer_steps or 0

@@ -84,7 +84,7 @@ def train_step(
 
 
 def compute_gradients(train_module: TrainModule, batches: Sequence[MicroBatch], timer: StepTimer) -> Tensor:
-    """Leaves the gradient of the global batch's mean loss, times the loss scale, in every owned slice, summed over
+    """Leaves the gradient of the global batch's mean loss, times the loss scale, in every owned shard, summed over
     all ranks.
 
     Returns:

@@ -22,7 +22,7 @@ from megatron_med.parallel.context import single_process_context
 from megatron_med.parallel.parameters import initialise, parameters_with_layout
 from megatron_med.plan.cluster import KINDS, Cluster
 from megatron_med.plan.predict import plan
-from tests.cli.processes import read_metrics, train, train_on_ranks, write_config
+from tests.cli.processes import python, read_metrics, train, train_on_ranks, write_config
 from tests.ranks import run_ranks
 from tests.training import MODELS, make_config, recorded_steps, stored_entries, train_and_save
 
@@ -205,7 +205,9 @@ def test_freezing_at_a_resume_drops_moments_and_says_so(sample_data: Path, tmp_p
     config = _run(tmp_path, sample_data)
     assert train(config).returncode == 0
     done = train(config, "--train.steps", 4, "--optimizer.groups", _groups("layers.*"))
-    assert "frozen from here on, their moments dropped: layers.0.attention.output.weight" in done.stdout, done.stderr
+    assert (
+        "frozen from here on, stored in fp32, their moments dropped: layers.0.attention.output.weight" in done.stdout
+    ), done.stderr
     before, after = (stored_entries(step_folder(tmp_path / "run" / "checkpoints", step)) for step in (2, 4))
     assert not [name for name in after if name.startswith("optimizer.exp_avg.layers.")]
     assert torch.equal(before["layers.0.mlp.down.weight"], after["layers.0.mlp.down.weight"])
@@ -226,10 +228,18 @@ def test_a_first_rank_that_owns_nothing_saves_the_right_step(sample_data: Path, 
     [
         (_groups("*"), "freezes every parameter: nothing is left to train"),
         (_groups("embeding.*"), "embeding.* matches no parameter"),
+        (_groups("*.weight", "layers.0.*"), "every parameter of layers.0.* belongs to an earlier group"),
         ('[{"match": "head.*", "frozen": true, "lr_scale": 2.0}]', "head.* is frozen and has lr_scale 2.0"),
     ],
 )
 def test_groups_that_cannot_be_meant_are_refused(sample_data: Path, tmp_path: Path, groups: str, message: str) -> None:
-    done = train(_run(tmp_path, sample_data), "--optimizer.groups", groups)
-    assert done.returncode == 2
-    assert message in done.stderr
+    """By the run, the dry run and the planner."""
+    config = _run(tmp_path, sample_data)
+    options = ("--optimizer.groups", groups)
+    for done in (
+        train(config, *options),
+        train(config, *options, "--dry-run", "--world-size", 2, "--rank", 1),
+        python("tools/plan.py", config, "--cluster", "a100-80g:1x1", "--precision", "bf16", *options),
+    ):
+        assert done.returncode == 2, done.stderr
+        assert message in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -49,7 +50,11 @@ def test_a_restart_takes_nothing_from_the_start_before() -> None:
 
 def _probe() -> bool:
     for chunks in (1, 2):
-        preflight(create_context(ParallelConfig(tensor=2, pipeline=3, virtual_stages=chunks), torch.device("cpu")))
+        context = create_context(ParallelConfig(tensor=2, pipeline=3, virtual_stages=chunks), torch.device("cpu"))
+        with patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            preflight(context)
+        asked = {call.kwargs["group"] for call in reduced.call_args_list}
+        assert asked == {axis.group for axis in context.axes().values()} - {None}
     return True
 
 

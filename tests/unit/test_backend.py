@@ -27,7 +27,7 @@ def test_the_first_implementation_that_is_installed_serves(monkeypatch: pytest.M
     installed.__spec__ = sys.__spec__
     installed.rms_norm = lambda *_: "fused"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fused_norms", installed)
-    listed = (("transformer_engine", "not_installed_here"), ("native", "fused_norms"), ("apex", "json"))
+    listed = (("transformer_engine", "not_installed.here"), ("native", "fused_norms"), ("apex", "json"))
     monkeypatch.setitem(backend.OPERATIONS, "rms_norm", listed)
 
     def rms_norm(x: object) -> object:

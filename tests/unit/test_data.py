@@ -290,3 +290,20 @@ def test_nothing_is_written_beside_the_data(small: Path, tmp_path: Path) -> None
     before = sorted(folder.iterdir())
     PackedDataset(IndexedDataset(folder / "c"), 8, 1, tmp_path / "cache").sample(0)
     assert sorted(folder.iterdir()) == before
+
+
+def test_an_empty_document_takes_no_label(tmp_path: Path) -> None:
+    """Of a sample that begins with one, every label counts but those across borders."""
+    sizes = (7, 1, 37, 0, 12, 5, 20, 3, 9, 30, 0, 0)
+    with IndexedDatasetWriter(tmp_path / "some", np.uint16) as writer:
+        for number, size in enumerate(sizes):
+            writer.add_document(np.full(size, number))
+    packed = PackedDataset(IndexedDataset(tmp_path / "some"), 16, 4, tmp_path / "cache", isolate_documents=True)
+    firsts = []
+    for index in range(packed.samples_per_epoch):
+        sample = packed.sample(index)
+        numbers = np.asarray(sample.tokens, dtype=np.int64)  # of the document that each token is of
+        np.testing.assert_array_equal(sample.loss_mask, numbers[1:] == numbers[:-1])
+        assert sum(sample.document_lengths) == 16
+        firsts.append(len(packed.parts(index)[0][2]))
+    assert 0 in firsts, "no sample begins with an empty document"

@@ -43,6 +43,8 @@ def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupt()
+    with pytest.raises(FileNotFoundError), replacing(target):
+        pass  # nothing was made
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (target / "second").read_text() == "second"
 

@@ -116,6 +116,21 @@ def test_groups_take_their_own_learning_rate_and_decay_and_the_first_match_count
     _check(chunks, before, "layers.0.mlp.up.bias", decay_of=lambda lr: 0.0)
 
 
+def test_fresh_moments_of_a_resumed_run_are_corrected_from_their_own_beginning() -> None:
+    """Thawed after 100 updates: its first one is that of a first step, the learning rate long."""
+    since = {"layers.0.mlp.up.weight": 100}
+    chunks, data_parallel, optimizer = _optimizer(weight_decay=0.0)
+    before = _weights(chunks)
+    optimizer.resume(100, since)
+    for item in data_parallel.owned:
+        item.gradient.copy_(_gradient(item.layout.name, 1, item.gradient.shape))
+    optimizer.step(torch.tensor(1.0), PEAK)
+    after = _weights(chunks)
+    moved = {name: (after[name] - before[name]).abs().median().item() for name in before}
+    assert moved["layers.0.mlp.up.weight"] == pytest.approx(PEAK, rel=1e-3)
+    assert moved["layers.0.mlp.down.weight"] < 0.5 * PEAK
+
+
 def test_scaled_gradients_update_as_plain_ones() -> None:
     results = []
     for scale in (1.0, 1024.0):

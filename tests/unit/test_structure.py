@@ -40,6 +40,7 @@ def _imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)  # modules among them, or names in it
         elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
     return found

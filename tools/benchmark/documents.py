@@ -46,9 +46,8 @@ def main() -> None:
 def _compare(arguments: argparse.Namespace, length: int, device: torch.device) -> None:
     whole, rest = divmod(arguments.sequence_length, length)
     lengths = [length] * whole + ([rest] if rest else [])
-    shapes = [
-        (arguments.sequence_length, 1, heads, arguments.head_dim) for heads in (arguments.heads, arguments.groups)
-    ]
+    heads = (arguments.heads, arguments.groups, arguments.groups)  # of queries, keys and values
+    shapes = [(arguments.sequence_length, 1, count, arguments.head_dim) for count in heads]
     dtype = DTYPES[arguments.precision]
     inputs = [torch.randn(shape, dtype=dtype, device=device, requires_grad=True) for shape in shapes]
     documents = PackedDocuments.of(lengths, device)

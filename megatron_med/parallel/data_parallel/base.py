@@ -87,7 +87,7 @@ class DataParallel(ABC):
 
     @abstractmethod
     def finish_param_sync(self) -> None:
-        """Waits until the model holds what was published."""
+        """Waits until the model holds the updated weights."""
 
     @torch.no_grad()
     def finalize_grads(self) -> None:

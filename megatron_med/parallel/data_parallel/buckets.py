@@ -278,7 +278,7 @@ class Bucket:
 
     @torch.no_grad()
     def finish_param_sync(self) -> None:
-        """Waits until the parameters hold what was published."""
+        """Waits until the parameters hold the updated weights."""
         if self._gathering is None:
             return
         gathered, self._gathering = self._gathering.wait(), None
