@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import NoReturn
 
 
@@ -52,6 +52,9 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_DONE)
+    except OSError as error:
+        print(f"error: {describe_os_error(error)}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
     except UserError as error:
         for fault in error.faults if os.environ.get("RANK", "0") == "0" else ():
             print(f"error: {fault}", file=sys.stderr)
@@ -59,8 +62,18 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     sys.exit(EXIT_DONE)
 
 
-def refuse_existing(path: Path, overwrite: bool) -> None:
-    """Raises TargetExistsError where ``path`` is a file, or a folder with something in it."""
-    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    raise TargetExistsError(f"{path} exists and is not empty: name another target, or pass --overwrite.")
+_REMEDIES = {
+    errno.ENOSPC: "Make room and start the same command again",
+    errno.EDQUOT: "Make room in your quota and start the same command again",
+    errno.EACCES: "Change its permissions, or name another",
+    errno.EPERM: "Change its permissions, or name another",
+    errno.EROFS: "Name a place that can be written",
+    errno.ENAMETOOLONG: "Name a shorter one",
+}
+
+
+def describe_os_error(error: OSError) -> str:
+    """What the system refused, of which file, and what to do, in a line."""
+    where = f"{error.filename}: " if error.filename is not None else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{where}{reason}. {_REMEDIES.get(error.errno or 0, 'Check the path')}."

@@ -19,7 +19,8 @@ PARTIAL = ".partial"
 def replacing(path: Path) -> Iterator[Path]:
     """Gives the name of a file or folder to be written; at the end it takes the place of ``path``.
 
-    Where the writing fails nothing is left of it, and ``path`` stays what it was.
+    Where the writing fails nothing is left of it, and ``path`` stays what it was; an error of the system that names no
+    file (a full disk) names ``path``.
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     _remove(partial)
@@ -28,6 +29,10 @@ def replacing(path: Path) -> Iterator[Path]:
         if partial.is_file():
             sync_path(partial)
         _put_in_place(partial, path)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(partial)):
+            error.filename = str(path)
+        raise
     finally:
         _remove(partial)
 

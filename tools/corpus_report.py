@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_med.errors import ConfigError, refuse_existing, run_command
+from megatron_med.errors import ConfigError, run_command
+from megatron_med.outputs import refuse_existing
 
 
 def main() -> None:

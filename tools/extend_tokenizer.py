@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from megatron_med.errors import refuse_existing, run_command
-from megatron_med.tokenizer.special import TOKEN_SETS, extend_tokenizer, tokens_of
+from megatron_med.errors import run_command
+from megatron_med.outputs import output_folder
+from megatron_med.tokenizer.special import TOKEN_SETS, extend_tokenizer, refuse_source, tokens_of
 
 
 def main() -> None:
@@ -22,9 +23,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")
     arguments = parser.parse_args()
-    refuse_existing(arguments.output, arguments.overwrite)
     tokens = tokens_of(arguments.tokens)
-    size = extend_tokenizer(arguments.tokenizer, tokens, arguments.output)
+    refuse_source(arguments.tokenizer, arguments.output)
+    with output_folder(arguments.output, arguments.overwrite) as folder:
+        size = extend_tokenizer(arguments.tokenizer, tokens, folder)
     print(f"{arguments.output}: {size:,} pieces; {tokens[0]} is {size - len(tokens)}, {tokens[-1]} is {size - 1}")
 
 

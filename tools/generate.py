@@ -56,6 +56,8 @@ def _context(tensor: int, pipeline: int) -> ParallelContext:
 
 
 def _generate(arguments: argparse.Namespace, context: ParallelContext) -> None:
+    if arguments.max_new_tokens < 1:
+        raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}: it must be at least 1.")
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     generator = Generator(arguments.checkpoint, context, DTYPES[arguments.precision])
     ids = arguments.prompt_ids or _encode(arguments, generator)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_med.data.jsonl import BadLine, bad_line_error, check_inputs, read_lines, text_of
-from megatron_med.errors import refuse_existing, run_command
+from megatron_med.errors import DataError, run_command
+from megatron_med.outputs import output_folder, refuse_existing
 from megatron_med.tokenizer.train import save_tokenizer, train_bpe
 
 
@@ -26,7 +27,8 @@ def main() -> None:
     skipped: list[str] = []
     texts = _texts(arguments.input, arguments.json_key, arguments.skip_bad_lines, skipped)
     tokenizer = train_bpe(texts, arguments.vocab_size, arguments.min_frequency)
-    save_tokenizer(tokenizer, arguments.output)
+    with output_folder(arguments.output, arguments.overwrite) as folder:
+        save_tokenizer(tokenizer, folder)
     size = tokenizer.get_vocab_size(with_added_tokens=True)
     print(f"{arguments.output}: {size:,} pieces")
     if size < arguments.vocab_size:
@@ -38,13 +40,17 @@ def main() -> None:
 
 
 def _texts(files: list[Path], key: str, skip: bool, skipped: list[str]) -> Iterator[str]:
+    found = False
     for line in read_lines(files):
         try:
             yield text_of(line, key)
+            found = True
         except BadLine as error:
             if not skip:
                 raise bad_line_error(line.place, str(error)) from error
             skipped.append(f"{line.place} ({error})")
+    if not found:
+        raise DataError(f"{', '.join(map(str, files))}: no document with text. Nothing was written.")
 
 
 if __name__ == "__main__":

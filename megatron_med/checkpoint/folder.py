@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ TOKENIZER = "tokenizer"
 CHECKPOINTS = "checkpoints"
 _PREFIX = "step-"
 _DAMAGED = ".damaged"
+_NEWER = ".newer"
 _REPLACED = ".replaced"
 
 
@@ -124,17 +126,12 @@ def file_names(folder: Path) -> list[str]:
 
 
 def prune(checkpoints: Path, keep: int, keep_every: int | None, current: int) -> None:
-    """Removes all but the newest ``keep`` steps up to ``current`` and the multiples of ``keep_every``; 0 keeps all.
-
-    Steps past ``current`` belong to a future that was stepped back from: they are removed first.
-    """
+    """Removes all but the newest ``keep`` steps up to ``current`` and the multiples of ``keep_every``; 0 keeps all."""
     if keep == 0:
         return
-    steps = complete_steps(checkpoints)
-    kept = [step for step in steps if step <= current][-keep:]
-    for step in steps:
-        milestone = keep_every is not None and step % keep_every == 0 and step <= current
-        if step not in kept and not milestone:
+    steps = [step for step in complete_steps(checkpoints) if step <= current]
+    for step in steps[:-keep]:
+        if keep_every is None or step % keep_every:
             shutil.rmtree(step_folder(checkpoints, step), ignore_errors=True)
 
 
@@ -160,6 +157,24 @@ def set_aside(folder: Path) -> Path | None:
         os.replace(folder, aside)
     _point_latest_to(previous)
     return previous
+
+
+def set_newer_aside(checkpoints: Path, step: int) -> list[Path]:
+    """Renames the steps past ``step`` to ``....newer``: they belong to a future that was stepped back from, and
+    would be taken for the run's own. An earlier one of that name becomes ``....newer-2`` and so on, nothing is removed.
+
+    Returns:
+        Their new names.
+    """
+    aside = []
+    for newer in (step_folder(checkpoints, later) for later in complete_steps(checkpoints) if later > step):
+        names = (
+            newer.with_name(f"{newer.name}{_NEWER}{ending}") for ending in chain([""], (f"-{n}" for n in count(2)))
+        )
+        target = next(name for name in names if not name.exists())
+        os.replace(newer, target)
+        aside.append(target)
+    return aside
 
 
 def complete_steps(checkpoints: Path) -> list[int]:

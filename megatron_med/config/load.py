@@ -7,14 +7,15 @@ import difflib
 import sys
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from megatron_med.config.presets import PRESETS
-from megatron_med.config.reader import Reader, read_yaml
+from megatron_med.config.reader import Reader, expand_path, read_yaml
 from megatron_med.config.schema import Config, ModelConfig, RopeScaling
+from megatron_med.config.strict_yaml import MisleadingYAMLError, parse_yaml
 from megatron_med.config.validate import validate
 from megatron_med.errors import ConfigError
 
@@ -40,17 +41,14 @@ def load_config(arguments: list[str], world_size: int, program: str = "megatron_
     given.update(_read_options([option for option in options if option not in flags]))
     preset, preset_faults = _preset(given.get("model.preset"))
 
-    if flags:
-        known = {key: value for key, value in given.items() if _is_known(key)}
-        _parser(program, preset).parse_args(_nested_arguments(known) + flags)
-        sys.exit(0)
-
     missing = "add it to the YAML file" + ("" if preset else " (a model's may come from model.preset)")
     reader = Reader(
         [*_leaves(Config), *_sections(Config)], when_missing=f": {missing}", when_unknown=" --help lists them all."
     )
     config = reader.read(Config, _nest(preset | given))
     faults = preset_faults + reader.faults
+    if flags:
+        _inform(program, preset, given, flags, [fault for fault in faults if not fault.endswith(f": {missing}.")])
     if path is None:
         faults = [fault for fault in faults if not fault.endswith(f"is missing: {missing}.")]
         faults += ["No configuration was given: name a YAML file as the first argument."]
@@ -60,6 +58,17 @@ def load_config(arguments: list[str], world_size: int, program: str = "megatron_
         if not faults:
             return config
     raise ConfigError(faults)
+
+
+def _inform(
+    program: str, preset: dict[str, Any], given: dict[str, Any], flags: list[str], faults: list[str]
+) -> NoReturn:
+    """Prints what the flags ask for. What is printed as a configuration may lack options, but has no wrong ones."""
+    if faults and any(flag.startswith("--print_config") for flag in flags):
+        raise ConfigError(faults)
+    known = {key: value for key, value in given.items() if _is_known(key)}
+    _parser(program, preset).parse_args(_nested_arguments(known) + flags)
+    sys.exit(0)
 
 
 def dump_config(config: Config) -> str:
@@ -101,7 +110,9 @@ def _read_options(options: list[str]) -> dict[str, Any]:
                 raise ConfigError(f"--{name} has no value: write --{name} VALUE.")
             value = rest.pop(0)
         try:
-            given[name] = yaml.safe_load(value)
+            given[name] = parse_yaml(value)
+        except MisleadingYAMLError as error:
+            raise ConfigError(f"--{name} {value}: {error.problem}.") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"--{name} {value}: not a YAML value. Put quotes around it.") from error
     sections = _sections(Config)
@@ -138,6 +149,8 @@ def _flatten(tree: dict[str, Any], sections: dict[str, type], prefix: str = "") 
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"
+        if key in sections and value is None:
+            continue  # an empty section: all of it has defaults, or is missing
         if key in sections and isinstance(value, dict):
             flat.update(_flatten(value, _sections(sections[key]), f"{name}."))
         else:
@@ -152,6 +165,10 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
         node = tree
         for part in path:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                raise ConfigError(f"{name} is given, and {part} itself as {node!r}: leave one of them out.")
+        if key in node:
+            raise ConfigError(f"{name} is given, and {name}.{next(iter(node[key]))} by itself: leave one of them out.")
         node[key] = value
     return tree
 
@@ -200,4 +217,7 @@ def peek_output_dir(arguments: list[str]) -> str | None:
     except ConfigError:
         return None
     folder = given.get("train.output_dir")
-    return folder if isinstance(folder, str) else None
+    try:
+        return expand_path(folder) if isinstance(folder, str) else None
+    except ValueError:
+        return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -13,9 +15,13 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from megatron_med.config.strict_yaml import MisleadingYAMLError, describe_fault, parse_yaml
 from megatron_med.errors import ConfigError
 
 T = TypeVar("T")
+
+PATH = {"path": True}
+"""Metadata of a dataclass field that holds a path, or several: ``~`` and ``${NAME}`` are expanded when it is read."""
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -33,9 +39,30 @@ def read_yaml(path: Path, what: str) -> Any:
     if not path.is_file():
         raise ConfigError(f"There is no {what} {path}. Give the path of a YAML file.")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}. Mend that line.") from error
+        return parse_yaml(path.read_text(encoding="utf-8"))
+    except MisleadingYAMLError as error:
+        raise ConfigError(f"{path}, {describe_fault(error)}.") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {describe_fault(error)}. Mend that line.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Mend it.") from error
+    except OSError as error:
+        raise ConfigError(f"The {what} {path} cannot be read: {error.strerror}.") from error
+
+
+def expand_path(text: str) -> str:
+    """``~`` and ``${NAME}`` as the shell replaces them; a pair ``A,B`` of files each.
+
+    Raises:
+        ValueError: says which variable is not set, or that there is no such home folder.
+    """
+    expanded = ",".join(map(os.path.expanduser, os.path.expandvars(text).split(",")))
+    unset = re.search(r"\$\{[^}]*\}|\$[A-Za-z_]\w*", expanded)
+    if unset:
+        raise ValueError(f"the environment has no {unset[0]}")
+    if expanded.startswith("~"):
+        raise ValueError("there is no such home folder")
+    return expanded
 
 
 class Reader:
@@ -80,6 +107,8 @@ class Reader:
             name, hint = f"{prefix}{item.name}", hints[item.name]
             if item.name in value:
                 given[item.name] = self._value(hint, value[item.name], name)
+                if item.metadata.get("path"):
+                    given[item.name] = self._expanded(given[item.name], name)
             elif item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING:
                 if dataclasses.is_dataclass(hint):
                     self.read(typing.cast(type, hint), {}, name)  # tells what is missing in it
@@ -87,6 +116,17 @@ class Reader:
                     self.faults.append(f"{name} is missing{self._when_missing}.")
         # What follows from other fields is computed when it is made: not from faulty ones.
         return cls(**given) if len(self.faults) == before else None
+
+    def _expanded(self, value: Any, where: str) -> Any:
+        if isinstance(value, list):
+            return [self._expanded(item, f"{where}[{index}]") for index, item in enumerate(value)]
+        if not isinstance(value, str):
+            return value  # null, or a fault that is told already
+        try:
+            return expand_path(value)
+        except ValueError as error:
+            self.faults.append(f"{where} is '{value}': {error}. Write the path out, or set it.")
+            return value
 
     def _value(self, hint: Any, value: Any, where: str) -> Any:
         """``value`` as the type ``hint`` says."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from megatron_med.config.reader import PATH
+
 VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this, which does not depend on the tensor-parallel size."""
 
@@ -142,7 +144,7 @@ class ParallelConfig:
 class DataSource:
     """One tokenized corpus."""
 
-    path: str
+    path: str = field(metadata=PATH)
     """Prefix of the .bin, .idx and .json files."""
     weight: float = 1.0
     """Share of the samples, relative to the other corpora."""
@@ -158,9 +160,9 @@ class DataConfig:
     """Corpora to train on."""
     valid: list[DataSource] = field(default_factory=list)
     """Corpora for the validation loss."""
-    tokenizer: str | None = None
+    tokenizer: str | None = field(default=None, metadata=PATH)
     """Tokenizer folder or file. null: the one recorded beside the data."""
-    cache_dir: str | None = None
+    cache_dir: str | None = field(default=None, metadata=PATH)
     """Where sample indices are cached. null: MEGATRON_MED_CACHE, or ~/.cache/megatron_med."""
     isolate_documents: bool = False
     """true: documents packed into one sample do not see each other, positions restart with each, and no token has to
@@ -231,7 +233,7 @@ class TrainConfig:
     """Optimizer steps."""
     global_batch_size: int
     """Samples of one optimizer step, over all ranks."""
-    output_dir: str
+    output_dir: str = field(metadata=PATH)
     """Folder of the run: checkpoints, metrics, resolved configuration."""
     micro_batch_size: int = 1
     """Samples of one forward pass."""
@@ -257,7 +259,7 @@ class CheckpointConfig:
     """Newest checkpoints that are kept. 0: all."""
     keep_every: int | None = None
     """Checkpoints at multiples of this step are never removed."""
-    load: str | None = None
+    load: str | None = field(default=None, metadata=PATH)
     """Checkpoint that a fresh run starts from."""
     load_state: Literal["weights", "all"] = "weights"
     """weights: start at step 0. all: optimizer and position too."""

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 from megatron_med.config.schema import Config, ModelConfig, ParallelConfig
 
+_LARGEST_COUNT = 2**31 - 1
+
 
 def validate(config: Config, world_size: int) -> list[str]:
     """All faults of a configuration on ``world_size`` ranks; an empty list where there are none."""
@@ -61,6 +63,8 @@ def _positive(config: Config) -> Iterator[str]:
     for name, value in values.items():
         if value < 1:
             yield f"{name} is {value}: it must be at least 1."
+        elif value > _LARGEST_COUNT:
+            yield f"{name} is {value}: it must be at most {_LARGEST_COUNT}."
 
 
 def _not_yet(config: Config) -> Iterator[str]:
@@ -88,8 +92,18 @@ def _model(model: ModelConfig) -> Iterator[str]:
     scaling = model.rope_scaling
     if model.family == "gpt2" and scaling is not None:
         yield "model.rope_scaling is set: gpt2 has learned positions. Leave it out."
-    if not 0 < model.rope_theta < math.inf or (scaling is not None and not 0 < scaling.factor < math.inf):
-        yield "model.rope_theta and model.rope_scaling.factor must be numbers above 0."
+    positive = {"norm_eps": model.norm_eps, "rope_theta": model.rope_theta}
+    if scaling is not None:
+        factors = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        positive |= {f"rope_scaling.{name}": getattr(scaling, name) for name in factors}
+        if scaling.type == "llama3" and not scaling.low_freq_factor < scaling.high_freq_factor:
+            yield (
+                f"model.rope_scaling.low_freq_factor is {scaling.low_freq_factor}: it must be below high_freq_factor = "
+                f"{scaling.high_freq_factor}."
+            )
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            yield f"model.{name} is {value}: it must be a number above 0."
     dropouts = ("embedding_dropout", "hidden_dropout", "attention_dropout")
     for name in dropouts:
         value = getattr(model, name)

@@ -38,7 +38,7 @@ from megatron_med.corpus.records import read_records
 from megatron_med.data.merge import merge_datasets
 from megatron_med.data.preprocess import PreprocessOptions, preprocess
 from megatron_med.errors import DataError
-from megatron_med.files import sha256, write_json
+from megatron_med.files import replacing, sha256, write_json
 from megatron_med.tokenizer import load_tokenizer
 from megatron_med.tokenizer.special import CORPUS_TOKENS, extend_tokenizer, tokens_of
 
@@ -279,7 +279,8 @@ class Build:
         settings = self.recipe.tokenization
         assert settings is not None, "this stage is planned only where a tokenizer is named"
         if settings.tokens:
-            extend_tokenizer(settings.tokenizer, tokens_of(settings.tokens), self.root / "tokenizer")
+            with replacing(self.root / "tokenizer") as folder:
+                extend_tokenizer(settings.tokenizer, tokens_of(settings.tokens), folder)
         else:
             load_tokenizer(settings.tokenizer).copy_to(self.root / "tokenizer")
 

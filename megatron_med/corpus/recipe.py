@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_med.config.reader import Reader, read_yaml
+from megatron_med.config.reader import PATH, Reader, read_yaml
 from megatron_med.errors import ConfigError
 from megatron_med.tokenizer.special import TOKEN_SETS
 
@@ -28,11 +28,11 @@ class Source:
 
     kind: Literal["s2orc", "s2ag_abstracts", "abstracts", "pubmed_xml", "guidelines", "redpajama"]
     """What the records look like: see megatron_med/corpus/kinds.py."""
-    input: list[str]
+    input: list[str] = field(metadata=PATH)
     """Files, or patterns of files; plain, .gz or .zst."""
     license: str
     """Of the documents that carry none of their own."""
-    catalogue: list[str] = field(default_factory=list)
+    catalogue: list[str] = field(default_factory=list, metadata=PATH)
     """s2orc, s2ag_abstracts: files of the Semantic Scholar "papers" data set, for title and PubMed ids."""
     valid: float = 0.0
     """Share of documents that are held out for validation."""
@@ -44,7 +44,7 @@ class Source:
 class Questions:
     """A benchmark that no document may repeat."""
 
-    path: str
+    path: str = field(metadata=PATH)
     """JSONL, or JSON with a list or an object of records."""
     fields: list[str]
     """Fields whose text is sought: the question, long answers. Texts below a field are taken too."""
@@ -85,7 +85,7 @@ class Execution:
 class Tokenization:
     """Token files for training, one for each source and split."""
 
-    tokenizer: str
+    tokenizer: str = field(metadata=PATH)
     """As tools/preprocess_data.py takes it."""
     tokens: list[str] = field(default_factory=lambda: ["gap_replay"])
     """Sets of tokens added after the vocabulary: gap_replay, chatml."""
@@ -97,7 +97,7 @@ class Tokenization:
 class CorpusRecipe:
     """All of it."""
 
-    output: str
+    output: str = field(metadata=PATH)
     """Folder of the corpus, its manifest and its token files."""
     sources: dict[str, Source]
     """By name, in order of precedence."""

@@ -9,7 +9,8 @@ from typing import Any
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.data.indexed_writer import IndexedDatasetWriter
 from megatron_med.data.sources import read_side_file, recorded_tokenizer, side_file, write_side_file
-from megatron_med.errors import DataError, refuse_existing
+from megatron_med.errors import DataError
+from megatron_med.outputs import refuse_existing
 
 
 def merge_datasets(prefixes: Sequence[Path], output: Path, overwrite: bool = False) -> tuple[int, int]:

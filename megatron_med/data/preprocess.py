@@ -34,7 +34,8 @@ from megatron_med.data.jsonl import (
     text_of,
 )
 from megatron_med.data.sources import side_file, write_side_file
-from megatron_med.errors import ConfigError, DataError, refuse_existing
+from megatron_med.errors import ConfigError, DataError
+from megatron_med.outputs import refuse_existing
 from megatron_med.tokenizer import Tokenizer, load_tokenizer
 
 _BYTES_PER_TASK = 1 << 18

@@ -33,6 +33,11 @@ class Sampling:
             faults.append(f"top-k is {self.top_k}: it must be at least 0 (0: all tokens).")
         if not 0 < self.top_p <= 1:
             faults.append(f"top-p is {self.top_p}: it must lie above 0 and up to 1.")
+        if self.temperature == 0 and not faults and (self.top_k > 1 or self.top_p < 1):
+            faults.append(
+                f"top-k is {self.top_k} and top-p {self.top_p} with temperature 0, which takes the most likely token: "
+                "set a temperature above 0, or leave them out."
+            )
         if faults:
             raise ConfigError(faults)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,13 +34,19 @@ def tokens_of(sets: Sequence[str]) -> tuple[str, ...]:
     return tuple(token for name in sets for token in TOKEN_SETS[name])
 
 
+def refuse_source(path: str | Path, output: Path) -> None:
+    """Raises ConfigError where a tokenizer would be written over itself."""
+    if output.is_dir() and any(file.resolve().parent == output.resolve() for file in load_tokenizer(path).files):
+        raise ConfigError(f"{output} is the folder of {path}: name another output.")
+
+
 def extend_tokenizer(path: str | Path, tokens: Sequence[str], output: Path) -> int:
     """Writes a tokenizer folder with tokens after the vocabulary, and returns its new size.
 
     Args:
         path: as ``load_tokenizer`` takes it.
         tokens: in the order of their ids.
-        output: folder that ``load_tokenizer`` and Hugging Face read.
+        output: new folder that ``load_tokenizer`` and Hugging Face read.
 
     Raises:
         ConfigError: a token is there already.
@@ -52,9 +57,6 @@ def extend_tokenizer(path: str | Path, tokens: Sequence[str], output: Path) -> i
     if again or twice or not tokens:
         fault = f"{path} has {', '.join(again)} already." if again else f"named twice: {', '.join(twice)}."
         raise ConfigError(fault if again or twice else "no token to add was named.")
-    if output.is_dir() and any(file.resolve().parent == output.resolve() for file in tokenizer.files):
-        raise ConfigError(f"{output} is the folder of {path}: name another output.")
-    shutil.rmtree(output, ignore_errors=True)
     if isinstance(tokenizer, SentencePieceTokenizer):
         tokenizer.copy_to(output)
         _write_added_tokens(tokenizer, (*tokenizer.added_tokens, *tokens), output)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_med.config import Config, load_config
 from megatron_med.config.load import INFORMATION_FLAGS, peek_output_dir
-from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, CheckpointError, UserError
+from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError, describe_os_error
 from megatron_med.kernels.backend import describe
 from megatron_med.train.run_folder import RunFolder, write_launch_record
 
@@ -92,8 +92,8 @@ def _end(
     """
     from megatron_med.launch.failure_report import is_connection_failure
 
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        error = CheckpointError(f"The disk is full: {error}. Make room and start the same command again.")
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        error = UserError(describe_os_error(error))  # not a broken connection
     if isinstance(error, UserError):
         _end_by_user_fault(error, rank, folder, report)
     traceback.print_exception(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,8 @@ def _steps(
     reporters: list[Reporter],
 ) -> tuple[int, str]:
     config, progress = run.config, run.progress
-    skipped_in_a_row = 0
+    skipped_in_a_row = usable = 0
+    first = progress.step + 1
     stall = 0.0
     while progress.step < config.train.steps:
         timer = StepTimer(run.context.device)
@@ -75,6 +77,7 @@ def _steps(
         for reporter in reporters:
             reporter.report(metrics)
 
+        usable += not result.skipped and math.isfinite(result.loss)
         skipped_in_a_row = skipped_in_a_row + 1 if result.bad else 0
         if skipped_in_a_row >= config.train.max_skipped_steps:
             return EXIT_FAILED, f"gradients were not finite for {skipped_in_a_row} steps: {_first_bad_gradient(run)}"
@@ -84,6 +87,11 @@ def _steps(
             stall = _save(run, saver)
         if result.stop_asked and progress.step < config.train.steps:
             return EXIT_SAVED_AFTER_SIGNAL, f"saved step {progress.step} after a signal; start again to go on"
+    if progress.step >= first and not usable:
+        return (
+            EXIT_FAILED,
+            f"no step from {first} to {progress.step} had a finite loss and gradient: nothing was learnt",
+        )
     return EXIT_DONE, f"trained to step {max(progress.step, config.train.steps)}"
 
 
@@ -98,6 +106,7 @@ def make_saver(run: Run) -> CheckpointSaver:
     options = run.config.checkpoint
 
     def committed(target: Path) -> None:
+        run.folder.record_commit(step_of(target))
         prune(run.folder.checkpoints, options.keep, options.keep_every, step_of(target))
         print(f"saved {target}", flush=True)
 

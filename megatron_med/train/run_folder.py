@@ -11,13 +11,21 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from megatron_med.checkpoint.folder import CHECKPOINTS, complete_steps, named_by_latest, remove_partials, set_aside
+from megatron_med.checkpoint.folder import (
+    CHECKPOINTS,
+    complete_steps,
+    named_by_latest,
+    remove_partials,
+    set_aside,
+    set_newer_aside,
+)
 from megatron_med.errors import CheckpointError, ConfigError
 from megatron_med.files import remove_leftovers, write_json, write_text
 
 IDENTITY = "run.json"
 METRICS = "metrics.jsonl"
 EXIT = "exit.json"
+COMMITTED = "committed.json"
 CONFIG = "config.yaml"
 
 
@@ -94,17 +102,29 @@ class RunFolder:
         if faults:
             raise ConfigError(faults)
 
-    def begin(self, identity: dict[str, Any], config: str) -> None:
-        """Records a start that everything has agreed to; what an earlier end or crash left behind goes."""
+    def begin(self, identity: dict[str, Any], config: str, step: int) -> None:
+        """Records a start from ``step`` that everything has agreed to; what an earlier end or crash left behind goes.
+        Checkpoints of later steps are set aside."""
         self.write_json(IDENTITY, identity)
         write_text(self.path / CONFIG, config)
         (self.path / EXIT).unlink(missing_ok=True)
         remove_partials(self.checkpoints)
+        for aside in set_newer_aside(self.checkpoints, step):
+            print(f"warning: going on from step {step}, a later checkpoint was set aside as {aside}.", file=sys.stderr)
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder)
 
     def resume_point(self) -> Path | None:
-        """The step that ``latest`` names, whole or not; None where the run has no checkpoint yet."""
+        """The step that ``latest`` names, whole or not; None where the run has no checkpoint yet.
+
+        Raises:
+            ConfigError: there should be one, and it cannot be found.
+        """
+        if self.checkpoints.is_symlink() and not self.checkpoints.exists():
+            raise ConfigError(
+                f"{self.checkpoints} is a link to {os.readlink(self.checkpoints)}, which is not there. Mount its disk, "
+                "or remove the link."
+            )
         steps = complete_steps(self.checkpoints)
         folder = named_by_latest(self.checkpoints)
         if folder is None and steps:
@@ -112,7 +132,20 @@ class RunFolder:
                 f"{self.checkpoints} holds steps {steps} but no file 'latest': write the name of the step to go on "
                 "from into it."
             )
+        if folder is None and (self.path / COMMITTED).is_file():
+            raise ConfigError(
+                f"{self.checkpoints} holds no checkpoint, and {self.path / COMMITTED} says that this run has saved "
+                f"some. Bring them back, or mount their disk. To begin anew, name another train.output_dir, or remove "
+                f"{self.path / COMMITTED}: metrics.jsonl then begins at step 1, too."
+            )
         return folder
+
+    def record_commit(self, step: int) -> None:
+        """Remembers that a step was saved: without it, checkpoints that are gone would look like a run that is new."""
+        try:
+            self.write_json(COMMITTED, {"step": step})
+        except OSError as error:  # the checkpoint itself is safe
+            print(f"warning: {self.path / COMMITTED} could not be written: {error}", file=sys.stderr, flush=True)
 
     def step_back(self, damaged: Path, fault: CheckpointError) -> Path:
         """Sets a damaged step aside and returns the whole one before it.

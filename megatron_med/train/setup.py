@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -108,7 +109,8 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     if context.world.is_first:
         print(describe(), flush=True)
     progress = _load(config, folder, train_module, tokenizer, trained, frozen)
-    _on_first_rank(context, lambda: folder.begin(identity, dump_config(config)))
+    _on_first_rank(context, lambda: folder.begin(identity, dump_config(config), progress.step))
+    _tell_of_repetition(config, context, one_pass(corpora, data.train))
     remaining = max(0, train.steps - progress.step) * train.global_batch_size
     total = max(1, progress.consumed_samples + remaining)
     return Run(
@@ -121,6 +123,17 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
         progress=progress,
         frozen=sorted(frozen),
     )
+
+
+def _tell_of_repetition(config: Config, context: ParallelContext, one_pass: int) -> None:
+    batch = config.train.global_batch_size
+    if context.world.is_first and one_pass < batch:
+        print(
+            f"warning: a corpus of data.train repeats after {one_pass:,} samples, and a step takes "
+            f"train.global_batch_size = {batch:,}: texts come more than once in a step.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def build_train_module(config: Config, context: ParallelContext) -> TrainModule:

@@ -161,3 +161,15 @@ def test_side_file_that_no_longer_fits_is_told(tmp_path: Path, sample_tokenizer:
     done = python("tools/inspect_data.py", tmp_path / "out", "--document", 0)
     assert done.returncode == 2
     assert "its sha256 differs" in done.stderr
+
+
+@pytest.mark.parametrize(("content", "options"), [("", ()), ('{"text": ""}\n{"no": 1}\n', ("--skip-bad-lines",))])
+def test_a_tokenizer_of_no_text_is_refused(tmp_path: Path, content: str, options: tuple[str, ...]) -> None:
+    (tmp_path / "in.jsonl").write_text(content)
+    done = python(
+        "tools/train_tokenizer.py", "--input", tmp_path / "in.jsonl", "--vocab-size", 300, "--output", tmp_path / "t",
+        *options,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "no document with text. Nothing was written." in done.stderr
+    assert not (tmp_path / "t").exists()

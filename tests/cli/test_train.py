@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -243,6 +244,8 @@ def test_tokenizer_files_of_any_name_reach_the_exported_folder(config: Path, tmp
     for options, message in (
         (("--prompt", "x", "--top-p", 0, "--temperature", -1), "top-p is 0.0"),
         (("--prompt-ids", 99999), "vocabulary ends at 31999"),
+        (("--prompt", "x", "--top-k", 5), "top-k is 5 and top-p 1.0 with temperature 0"),
+        (("--prompt", "x", "--max-new-tokens", -3), "--max-new-tokens is -3: it must be at least 1"),
         (("--prompt", "x", "--max-new-tokens", 5000), "max_position_embeddings"),
     ):
         done = python("tools/generate.py", "--checkpoint", run, *options)
@@ -264,6 +267,10 @@ def test_non_finite_gradients_are_skipped_then_stop_the_run_by_name(config: Path
     metrics = read_metrics(run)
     assert [line["skipped"] for line in metrics] == [True, True, True]
     assert metrics[0]["loss"] is None, "NaN is no JSON"
+    short = ("--train.output_dir", tmp_path / "short", "--train.steps", 2)
+    assert train(config, "--checkpoint.load", source, *short).returncode == 1
+    record = json.loads((tmp_path / "short" / "exit.json").read_text())
+    assert "no step from 1 to 2 had a finite loss and gradient" in record["reason"]
 
 
 def test_fp16_finds_its_loss_scale_and_a_resumed_run_keeps_it(config: Path, tmp_path: Path) -> None:
@@ -391,3 +398,41 @@ def test_metrics_and_validation_are_reported(config: Path, tmp_path: Path) -> No
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     assert "valid loss" in done.stdout
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["precision"] == "bf16"
+
+
+def test_going_back_to_an_older_step_keeps_the_newer_ones(config: Path, tmp_path: Path) -> None:
+    """As docs/faults.md tells: the name of a step into ``latest``, and the same command."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    options = ("--checkpoint.interval", 1, "--checkpoint.keep", 2)
+    assert train(config, *options, "--train.steps", 3).returncode == 0
+    (checkpoints / "latest").write_text("step-00000002\n")
+    done = train(config, *options, "--train.steps", 4)
+    assert done.returncode == 0, done.stderr
+    aside = checkpoints / "step-00000003.newer"
+    assert f"warning: going on from step 2, a later checkpoint was set aside as {aside}." in done.stderr
+    assert sorted(path.name for path in checkpoints.glob("step-*")) == ["step-00000003", aside.name, "step-00000004"]
+
+
+@pytest.mark.parametrize("lost", ["removed", "not mounted"])
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew_in_silence(
+    config: Path, tmp_path: Path, lost: str
+) -> None:
+    run = tmp_path / "run"
+    if lost == "not mounted":
+        (tmp_path / "disk").mkdir()
+        run.mkdir()
+        (run / "checkpoints").symlink_to(tmp_path / "disk")
+    assert train(config, "--train.steps", 2).returncode == 0
+    metrics = (run / "metrics.jsonl").read_text()
+    if lost == "not mounted":
+        (tmp_path / "disk").rename(tmp_path / "elsewhere")
+        message = f"checkpoints is a link to {tmp_path / 'disk'}, which is not there. Mount its disk"
+    else:
+        shutil.rmtree(run / "checkpoints")
+        message = "checkpoints holds no checkpoint, and"
+    _refused(train(config, "--train.steps", 4), message)
+    assert (run / "metrics.jsonl").read_text() == metrics
+    if lost == "removed":
+        (run / "committed.json").unlink()  # what the message says
+        assert train(config, "--train.steps", 1).returncode == 0
+        assert [line["step"] for line in read_metrics(run)] == [1]

@@ -207,7 +207,10 @@ def test_targets_are_not_overwritten(tmp_path: Path) -> None:
     import_huggingface(tmp_path / "hf", tmp_path / "checkpoint", overwrite=True)
     with pytest.raises(TargetExistsError, match="--overwrite"):
         export_huggingface(tmp_path / "checkpoint", tmp_path / "hf")
-    export_huggingface(tmp_path / "checkpoint", tmp_path / "hf", overwrite=True)
+    with pytest.raises(TargetExistsError, match="no tool of ours has written it"):
+        export_huggingface(tmp_path / "checkpoint", tmp_path / "hf", overwrite=True)
+    for _ in range(2):
+        export_huggingface(tmp_path / "checkpoint", tmp_path / "again", overwrite=True)
     assert resolve_checkpoint(tmp_path / "checkpoint").name == "step-00000000"
 
 

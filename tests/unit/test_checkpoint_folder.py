@@ -94,9 +94,22 @@ def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path) -> None:
 def test_pruning_after_stepping_back_keeps_the_step_just_saved(tmp_path: Path) -> None:
     for step in (2, 4, 6, 3):
         _save(tmp_path, step)
-    folders.prune(tmp_path, keep=2, keep_every=None, current=3)
-    assert folders.complete_steps(tmp_path) == [2, 3]
+    folders.prune(tmp_path, keep=1, keep_every=None, current=3)
+    assert folders.complete_steps(tmp_path) == [3, 4, 6]
     assert folders.resolve_checkpoint(tmp_path).name == "step-00000003"
+
+
+def test_steps_past_the_one_gone_on_from_are_set_aside_and_never_removed(tmp_path: Path) -> None:
+    for _ in range(2):
+        for step in (2, 4, 6):
+            _save(tmp_path, step)
+        aside = folders.set_newer_aside(tmp_path, 2)
+        assert folders.complete_steps(tmp_path) == [2]
+    assert [path.name for path in aside] == ["step-00000004.newer-2", "step-00000006.newer-2"]
+    folders.prune(tmp_path, keep=1, keep_every=None, current=2)
+    folders.remove_partials(tmp_path)
+    assert len(list(tmp_path.glob("*.newer*"))) == 4
+    verify_checkpoint(folders.resolve_checkpoint(aside[0]), single_process_context())
 
 
 def test_saving_a_step_again_replaces_it_and_leftovers_go(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ import yaml
 
 from megatron_med.config import dump_config, load_config
 from megatron_med.config.layers import cut_into_chunks, split_layers
+from megatron_med.config.load import peek_output_dir
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import Config, ModelConfig
+from megatron_med.corpus.recipe import load_recipe
 from megatron_med.errors import ConfigError
 
 GOOD: dict[str, Any] = {
@@ -106,7 +108,18 @@ def test_missing_fields_are_all_named(tmp_path: Path) -> None:
         ({"model": {"hidden_dropout": 0.1}}, 8, "llama family has no dropout"),
         ({"train": {"seed": -1}}, 8, "train.seed is -1"),
         ({"model": {"init_std": -1.0}}, 8, "model.init_std is -1.0"),
-        ({"model": {"rope_scaling": {"type": "linear", "factor": 0.0}}}, 8, "must be numbers above 0"),
+        ({"model": {"norm_eps": -1.0}}, 8, "model.norm_eps is -1.0: it must be a number above 0"),
+        ({"model": {"hidden_size": 10**12}}, 8, "model.hidden_size is 1000000000000: it must be at most 2147483647"),
+        (
+            {"model": {"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0}}},
+            8,
+            "low_freq_factor is 4.0: it must be below high_freq_factor = 4.0",
+        ),
+        (
+            {"model": {"rope_scaling": {"type": "linear", "factor": 0.0}}},
+            8,
+            "rope_scaling.factor is 0.0: it must be a number above 0",
+        ),
         ({"model": {"preset": "gpt2-tiny", "rope_scaling": {"type": "linear", "factor": 2.0}}}, 8, "learned positions"),
         ({"optimizer": {"clip_grad": float("nan")}}, 8, "optimizer.clip_grad is nan"),
         ({"data": {"train": [{"path": "a", "weight": float("inf")}]}}, 8, "weight of a is inf"),
@@ -252,3 +265,84 @@ def test_every_name_of_the_contract_is_accepted(tmp_path: Path) -> None:
     config = load_config([str(tmp_path / "c.yaml")], 8)
     assert (config.parallel.tensor, config.train.valid_samples, config.precision) == (2, 256, "bf16")
     assert config.model.head_dim == 16
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train: {steps: 3, output_dir: a, steps: 4}", "line 1: the key 'steps' stands twice, first in line 1"),
+        ("optimizer:\n  lr: 3.0e-3\n  eps: 1.0e-8\n  lr: 1.0e-3", "line 4: the key 'lr' stands twice, first in line 2"),
+        ("train: {steps: 010}", "010 begins with 0, which YAML takes for an octal number: write 10"),
+        ("train: {seed: 1:30}", "1:30 is a number to the base of 60"),
+        ("? [a, b]\n: 1", "a key is a list"),
+    ],
+)
+def test_yaml_that_misleads_is_refused_by_line(tmp_path: Path, line: str, message: str) -> None:
+    """In a configuration, on the command line and in a corpus recipe."""
+    (tmp_path / "c.yaml").write_text(f"{line}\n")
+    for read in (lambda: load_config([str(tmp_path / "c.yaml")], 1), lambda: load_recipe(tmp_path / "c.yaml")):
+        with pytest.raises(ConfigError) as caught:
+            read()
+        assert message in str(caught.value)
+    assert "write 10" in _faults([_write(tmp_path), "--train.steps", "010"])[0]
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = _write(tmp_path)
+    config = load_config([path, "--train.steps", "1e3", "--optimizer.lr", "3e-4", "--optimizer.eps", "1.5E-8"], 8)
+    assert (config.train.steps, config.optimizer.lr, config.optimizer.eps) == (1000, 3e-4, 1.5e-8)
+    with pytest.raises(SystemExit) as ended:
+        load_config([path, "--train.steps", "1e3", "--optimizer.lr", "1e-3", "--print_config"], 8)
+    assert ended.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["train"]["steps"], printed["optimizer"]["lr"]) == (1000, 1e-3)
+
+
+def test_paths_are_expanded_wherever_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    path = _write(
+        tmp_path,
+        {
+            "data": {"train": [{"path": "~/a"}], "cache_dir": "${SCRATCH}/cache", "tokenizer": "~/v.json,~/m.txt"},
+            "train": {"output_dir": "$SCRATCH/run"},
+        },
+    )
+    config = load_config([path, "--checkpoint.load", "~/base"], 8)
+    assert config.data.train[0].path == f"{tmp_path}/a"
+    assert config.data.tokenizer == f"{tmp_path}/v.json,{tmp_path}/m.txt"
+    assert (config.data.cache_dir, config.train.output_dir) == ("/scratch/cache", "/scratch/run")
+    assert config.checkpoint.load == f"{tmp_path}/base"
+    assert peek_output_dir([path]) == "/scratch/run"
+    monkeypatch.delenv("SCRATCH")
+    faults = _faults([path])
+    assert (
+        "train.output_dir is '$SCRATCH/run': the environment has no $SCRATCH. Write the path out, or set it." in faults
+    )
+    assert len(faults) == 2
+    assert peek_output_dir([path]) is None
+    (tmp_path / "in.jsonl").touch()
+    source = {"kind": "abstracts", "input": "~/in.jsonl", "license": "CC0"}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({"output": "~/corpus", "sources": {"one": source}}))
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.output == f"{tmp_path}/corpus"
+    assert recipe.inputs("one") == [tmp_path / "in.jsonl"]
+
+
+def test_what_stands_empty_or_against_itself(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(Path(_write(tmp_path)).read_text() + "logging:\ncheckpoint:\n")
+    assert load_config([str(path)], 8).checkpoint.keep == 3
+    assert _faults([str(path), "--train.steps", "5", "--train.steps.x", "6"]) == [
+        "train.steps.x is given, and steps itself as 5: leave one of them out."
+    ]
+    assert (
+        "model.rope_scaling is given, and model.rope_scaling.factor by itself"
+        in _faults([str(path), "--model.rope_scaling.factor", "8", "--model.rope_scaling", "null"])[0]
+    )
+    assert _faults([str(path), "--precision", "null"]) == ["precision is null: expected one of fp32, bf16, fp16."]
+    assert "data.valid is null: expected a list" in _faults([str(path), "--data.valid", "null"])[0]
+    assert _faults([str(path), "--train.steps", "abc", "--print_config"]) == [
+        "train.steps is 'abc': expected a whole number."
+    ]
+    assert "train.stepz is not an option" in _faults([str(path), "--train.stepz", "5", "--print_config"])[0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
 import pytest
 
+from megatron_med.errors import run_command
 from megatron_med.files import remove_leftovers, replacing, sha256, write_json, write_text
 
 
@@ -60,3 +62,28 @@ def test_leftovers_of_killed_processes_are_removed_by_whoever_owns_the_folder(tm
 def test_checksums_are_sha256(tmp_path: Path) -> None:
     write_text(tmp_path / "abc", "abc")
     assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_full_disk_names_the_file_and_the_remedy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def write() -> None:
+        with replacing(tmp_path / "notes.json"), Path("/dev/full").open("w") as full:
+            full.write("x" * 100_000)
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(write)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/notes.json: No space left on device. Make room and start the same command again.\n"
+    )
+
+
+def test_a_file_that_may_not_be_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def read() -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "in.jsonl"))
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(read)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/in.jsonl: Permission denied. Change its permissions, or name another.\n"
+    )

@@ -16,6 +16,7 @@ PACKAGE = REPOSITORY / "megatron_med"
 LEVELS = {
     "errors": 0,
     "files": 0,
+    "outputs": 1,
     "config": 1,
     "kernels": 2,
     "parallel": 3,

@@ -89,7 +89,7 @@ def test_folder_of_another_run_is_refused(tmp_path: Path) -> None:
     folder.check_identity(identity)
     assert not list(tmp_path.iterdir()), "nothing is recorded before the start has succeeded"
     folder.write_exit(0, "an earlier end")
-    folder.begin(identity, "a: 1\n")
+    folder.begin(identity, "a: 1\n", 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run.json"]
     folder.check_identity({"model": {"layers": 2}, "data": [{"path": "moved", "content": "x"}]})
     with pytest.raises(ConfigError) as caught:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,9 +19,10 @@ from megatron_med.checkpoint.huggingface.verify import verify_logits
 from megatron_med.checkpoint.load import verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
 from megatron_med.config import ModelConfig, model_from_dict
-from megatron_med.errors import CheckpointError, TargetExistsError, refuse_existing
-from megatron_med.files import replacing, write_json
+from megatron_med.errors import CheckpointError, TargetExistsError
+from megatron_med.files import write_json
 from megatron_med.model.build import DTYPES
+from megatron_med.outputs import output_folder, refuse_existing
 from megatron_med.parallel.context import single_process_context
 from megatron_med.tokenizer import Tokenizer, describe_difference, load_tokenizer
 from megatron_med.tokenizer.load import has_tokenizer
@@ -51,10 +51,9 @@ def import_huggingface(
     refuse_existing(target, overwrite)
     loaded = _tokenizer_of(source, tokenizer, pretrained)
     config = replace(pretrained, vocab_size=max(pretrained.vocab_size, loaded.vocab_size if loaded else 0))
-    final = folders.step_folder(target, 0)
-    created = not target.exists()
-    partial = folders.begin(final)
-    try:
+    with output_folder(target, overwrite) as checkpoints:
+        final = folders.step_folder(checkpoints, 0)
+        partial = folders.begin(final)
         precision = _write_weights(source, partial, config, pretrained.vocab_size)
         state = CheckpointState(
             model=asdict(config),
@@ -66,13 +65,8 @@ def import_huggingface(
             loaded.copy_to(partial / folders.TOKENIZER)
         if verify:
             verify_logits(source, partial, config, loaded, compared=pretrained.vocab_size)
-        if overwrite:
-            _clear(target, keep=partial)
         folders.commit(final, folders.describe_files(partial, folders.file_names(partial)))
-    except BaseException:
-        shutil.rmtree(target if created else partial, ignore_errors=True)
-        raise
-    return final
+    return folders.step_folder(target, 0)
 
 
 def _write_weights(source: Path, partial: Path, config: ModelConfig, rows: int) -> str:
@@ -114,8 +108,7 @@ def export_huggingface(
     if loaded is not None:
         _check_stored(state, loaded, stored_tokenizer)
 
-    with replacing(target) as partial:
-        partial.mkdir(parents=True)
+    with output_folder(target, overwrite) as partial:
         write_tensors(partial, _exported(step, config, torch_dtype))
         bos = loaded.bos_id if loaded else None
         eos = loaded.eod_id if loaded else None
@@ -189,9 +182,3 @@ def _describe_sentencepiece(tokenizer: Tokenizer, folder: Path) -> None:
     elif (folder / "merges.txt").exists():
         tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
         write_json(path, {"tokenizer_class": "GPT2Tokenizer", **tokens})
-
-
-def _clear(target: Path, keep: Path) -> None:
-    for path in target.iterdir():
-        if path != keep:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
