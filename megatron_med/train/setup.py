@@ -110,7 +110,7 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
         print(describe(), flush=True)
     progress = _load(config, folder, train_module, tokenizer, trained, frozen)
     _on_first_rank(context, lambda: folder.begin(identity, dump_config(config), progress.step))
-    _tell_of_repetition(config, context, one_pass(corpora, data.train))
+    tell_of_repetition(config, context, one_pass(corpora, data.train))
     remaining = max(0, train.steps - progress.step) * train.global_batch_size
     total = max(1, progress.consumed_samples + remaining)
     return Run(
@@ -125,7 +125,8 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     )
 
 
-def _tell_of_repetition(config: Config, context: ParallelContext, one_pass: int) -> None:
+def tell_of_repetition(config: Config, context: ParallelContext, one_pass: int) -> None:
+    """Warns, on rank 0, where some corpus has fewer samples in one pass than a step takes."""
     batch = config.train.global_batch_size
     if context.world.is_first and one_pass < batch:
         print(

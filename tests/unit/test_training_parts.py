@@ -20,6 +20,8 @@ from megatron_med.optim.lr_schedule import learning_rate
 from megatron_med.parallel.context import single_process_context
 from megatron_med.parallel.parameters import parameters_with_layout
 from megatron_med.train.run_folder import RunFolder
+from megatron_med.train.setup import tell_of_repetition
+from tests.training import MODELS, make_config
 
 
 def test_cosine_equals_transformers() -> None:
@@ -135,3 +137,14 @@ def test_a_failed_collective_is_told_from_a_fault_of_this_rank(message: str, exp
     wrapped = ValueError("while saving")
     wrapped.__cause__ = RuntimeError(message)
     assert is_connection_failure(wrapped) == expected
+
+
+def test_a_corpus_that_repeats_within_a_step_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    config = make_config(Path("none"), MODELS["llama"], batch=8)
+    tell_of_repetition(config, single_process_context(), one_pass=8)
+    assert capsys.readouterr().err == ""
+    tell_of_repetition(config, single_process_context(), one_pass=7)
+    assert capsys.readouterr().err == (
+        "warning: a corpus of data.train repeats after 7 samples, and a step takes train.global_batch_size = 8: texts "
+        "come more than once in a step.\n"
+    )
