@@ -4,9 +4,10 @@
 #   bash tools/launch.sh --nproc-per-node 8 -- CONFIG.yaml [--section.key value ...]
 #   bash tools/launch.sh --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:29500 --nproc-per-node 8 -- CONFIG.yaml
 #
-# Options before -- go to torchrun; on several nodes the same line runs on each. SIGTERM, SIGINT and SIGUSR1 are handed
-# on: the run saves and this script ends. It does not start again after 2 (bad configuration or data) nor after 75
-# (saved after a signal). Ends with the code in RUN/exit.json.
+# Options before -- go to torchrun; on several nodes the same line runs on each. SIGTERM, SIGINT, SIGUSR1 and SIGHUP (but
+# under nohup) are handed on: the run saves and this script ends. It does not start again after 2 (bad configuration or
+# data) nor after 75 (saved after a signal). Ends with the code in RUN/exit.json. Where torchrun alone was killed, its
+# ranks save and leave, and the run starts again.
 #
 #   MEGATRON_MED_RESTARTS       failures in a row without a new checkpoint that are borne (100)
 #   MEGATRON_MED_RESTART_DELAY  seconds before the next start (10)
@@ -45,6 +46,12 @@ forward() {
 }
 trap "forward TERM" TERM INT
 trap "forward USR1" USR1
+signals=SIGTERM,SIGINT,SIGQUIT,SIGUSR1
+ignored=$(awk '/^SigIgn/ {print "0x" $2}' /proc/$$/status 2>/dev/null)
+if [ $((${ignored:-0} & 1)) = 0 ]; then # nohup has not turned SIGHUP off: torchrun would turn it on again
+  trap "forward HUP" HUP
+  signals=$signals,SIGHUP
+fi
 
 # Field of the record that this start has left: its own file on the host of rank 0, else RUN/exit.json if it is newer
 # than the start.
@@ -60,17 +67,17 @@ record() {
 
 newest() { cat "$run/checkpoints/latest" 2>/dev/null || true; }
 
-ranks_alive() { [ "$(cat "/proc/$torchrun/task/"*/children 2>/dev/null | wc -w)" -gt 0 ]; }
-
-# Returns when torchrun has ended.
+# Returns when torchrun has ended; $ranks are then the processes that it had.
 watch_torchrun() {
-  local had_ranks="" idle=0
+  local children idle=0
+  ranks=""
   while kill -0 "$torchrun" 2>/dev/null; do
     sleep 1 &
     wait $! # a trapped signal interrupts wait, not sleep
-    if ranks_alive; then
-      had_ranks=1 idle=0
-    elif [ -n "$had_ranks" ]; then
+    children=$(cat "/proc/$torchrun/task/"*/children 2>/dev/null)
+    if [ -n "$children" ]; then
+      ranks=$children idle=0
+    elif [ -n "$ranks" ]; then
       idle=$((idle + 1))
       if [ "$idle" -ge "${MEGATRON_MED_STUCK_SECONDS:-60}" ]; then
         echo "launch.sh: torchrun is stuck: its ranks ended $idle s ago. Killing it." >&2
@@ -80,7 +87,21 @@ watch_torchrun() {
   done
 }
 
-stamp=$(mktemp)
+# Ranks whose torchrun was killed save and leave by themselves. A new start would find the run alive.
+await_orphans() {
+  local waited=0 rank
+  for rank in $ranks; do
+    while grep -qs megatron_med.train "/proc/$rank/cmdline"; do
+      [ "$waited" != 0 ] || echo "launch.sh: torchrun is gone; waiting for its ranks to save." >&2
+      sleep 1 &
+      wait $!
+      waited=$((waited + 1))
+      [ "$waited" -lt "${MEGATRON_MED_SAVE_SECONDS:-300}" ] || kill -9 "$rank" 2>/dev/null
+    done
+  done
+}
+
+stamp=$(mktemp) || exit 2
 trap 'rm -f "$stamp" "$stamp.exit"' EXIT
 export MEGATRON_MED_EXIT_FILE=$stamp.exit
 failures=0
@@ -89,18 +110,25 @@ while true; do
   rm -f "$stamp.exit"
   touch "$stamp"
   "$python" -m torch.distributed.run "${launcher[@]}" \
-    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    --signals-to-handle "$signals" \
     --shutdown-timeout "${MEGATRON_MED_SAVE_SECONDS:-300}" \
     -m megatron_med.train "$@" &
   torchrun=$!
   watch_torchrun
   wait "$torchrun"
   status=$? torchrun=""
+  await_orphans
   [ "$status" -ne 0 ] || exit 0
-  code=$(record code 1)
-  case $code in 0 | 2 | 75) exit "$code" ;; esac
+  code=$(record code "") retry=$(record retry "")
+  # torchrun refuses its own options with 2, and without a python there is 126 or 127: no rank has spoken
+  if [ -z "$code" ]; then
+    case $status in 2 | 126 | 127) exit "$status" ;; esac
+    code=1
+  fi
+  case $code in 0 | 2) exit "$code" ;; esac
+  [ "$code" != 75 ] || [ "$retry" = True ] || exit 75
   [ -z "$signalled" ] || exit "$code"
-  if [ "$(record retry True)" = False ]; then
+  if [ "$retry" = False ]; then
     echo "launch.sh: it would fail again: $(record reason '')" >&2
     exit "$code"
   fi

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_med.checkpoint.folder import prune, step_folder, step_of
@@ -17,19 +17,33 @@ from megatron_med.optim.lr_schedule import learning_rate
 from megatron_med.parallel.collectives import gather_objects
 from megatron_med.train.metrics import Metrics, Reporter, make_reporters, memory_bytes, peak_flops
 from megatron_med.train.setup import Progress, Run
-from megatron_med.train.signals import StopRequest
+from megatron_med.train.signals import LAUNCHER_GONE, StopRequest
 from megatron_med.train.step import StepResult, train_step, validation_loss
 from megatron_med.train.timers import StepTimer
 
 
-def train(run: Run, stop: StopRequest) -> tuple[int, str]:
-    """Trains to ``train.steps`` or until a signal asks for a save.
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
 
-    Returns:
-        Exit code and reason.
+    Attributes:
+        code: exit code.
+        reason: in words.
+        retry: whether a launch script should start again; None: as the code says.
     """
+
+    code: int
+    reason: str
+    retry: bool | None = None
+
+
+def train(run: Run, stop: StopRequest) -> Outcome:
+    """Trains to ``train.steps`` or until somebody asks for a save."""
     config, progress, folder = run.config, run.progress, run.folder
     start = replace(progress)
+    why = _why_stopped(run, stop)
+    if why:
+        return stopped(f"stopped before step {progress.step + 1}", why)
     reporters: list[Reporter] = []
     if run.context.world.is_first:
         folder.cut_metrics(progress.step)
@@ -56,7 +70,7 @@ def _steps(
     prefetcher: Prefetcher[list[MicroBatch]],
     saver: CheckpointSaver,
     reporters: list[Reporter],
-) -> tuple[int, str]:
+) -> Outcome:
     config, progress = run.config, run.progress
     skipped_in_a_row = usable = 0
     first = progress.step + 1
@@ -80,19 +94,31 @@ def _steps(
         usable += not result.skipped and math.isfinite(result.loss)
         skipped_in_a_row = skipped_in_a_row + 1 if result.bad else 0
         if skipped_in_a_row >= config.train.max_skipped_steps:
-            return EXIT_FAILED, f"gradients were not finite for {skipped_in_a_row} steps: {_first_bad_gradient(run)}"
+            reason = f"gradients were not finite for {skipped_in_a_row} steps: {_first_bad_gradient(run)}"
+            return Outcome(EXIT_FAILED, reason, retry=False)
         if result.stop_asked:
             saver.wait()  # raises on all ranks where one has failed to save
         if result.stop_asked or _due(run, config.checkpoint.interval):
             stall = _save(run, saver)
         if result.stop_asked and progress.step < config.train.steps:
-            return EXIT_SAVED_AFTER_SIGNAL, f"saved step {progress.step} after a signal; start again to go on"
+            return stopped(f"saved step {progress.step}", _why_stopped(run, stop))
     if progress.step >= first and not usable:
-        return (
-            EXIT_FAILED,
-            f"no step from {first} to {progress.step} had a finite loss and gradient: nothing was learnt",
-        )
-    return EXIT_DONE, f"trained to step {max(progress.step, config.train.steps)}"
+        reason = f"no step from {first} to {progress.step} had a finite loss and gradient: nothing was learnt"
+        return Outcome(EXIT_FAILED, reason, retry=False)
+    return Outcome(EXIT_DONE, f"trained to step {max(progress.step, config.train.steps)}")
+
+
+def stopped(what: str, why: str) -> Outcome:
+    """The outcome of a run that was asked to stop. A launcher that is gone is no wish to stop: the run may go on."""
+    return Outcome(
+        EXIT_SAVED_AFTER_SIGNAL, f"{what} ({why}); start again to go on", True if why == LAUNCHER_GONE else None
+    )
+
+
+def _why_stopped(run: Run, stop: StopRequest) -> str:
+    """Why some rank has been asked to stop, the same on all of them; empty where none has been."""
+    reasons = sorted({reason for reason in gather_objects(stop.reason, run.context.world) if reason})
+    return next((reason for reason in reasons if reason != LAUNCHER_GONE), reasons[0] if reasons else "")
 
 
 def _due(run: Run, interval: int) -> bool:

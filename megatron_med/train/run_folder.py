@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ METRICS = "metrics.jsonl"
 EXIT = "exit.json"
 COMMITTED = "committed.json"
 CONFIG = "config.yaml"
+LOCK = ".lock"
+"""Held as long as a run is alive; says which process of which host holds it, and since when."""
 
 
 class RunFolder:
@@ -53,12 +57,14 @@ class RunFolder:
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path / ".lock", timeout=0)
+            lock = FileLock(self.path / LOCK, timeout=0)
             lock.acquire()
+            (self.path / LOCK).write_text(_describe_self(), encoding="utf-8")
         except Timeout as error:
+            holder = _first_line(self.path / LOCK)
             raise ConfigError(
-                f"train.output_dir is {self.path}: another run is alive in it. Wait for it, stop it, or name another "
-                "folder."
+                f"train.output_dir is {self.path}: another run is alive in it{f' ({holder})' if holder else ''}. Wait "
+                "for it, stop it, or name another folder."
             ) from error
         except OSError as error:
             raise ConfigError(f"train.output_dir is {self.path}: it cannot be written ({error.strerror}).") from error
@@ -173,13 +179,14 @@ class RunFolder:
                 continue  # a line that a crash cut in half
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
 
-    def write_exit(self, code: int, reason: str, retry: bool = True) -> None:
+    def write_exit(self, code: int, reason: str, retry: bool | None = None) -> None:
         """Records how the run ended, for launch scripts: torchrun itself answers 1 for every failure.
 
         Args:
             code: exit code.
             reason: in words.
-            retry: whether the same command could do better; false where a failure would only come again.
+            retry: whether to start the same command again: false where a failure would only come again, true where
+                nobody has asked for the end. None: as the code says.
         """
         write_launch_record(code, reason, retry)
         try:
@@ -192,7 +199,7 @@ class RunFolder:
         write_json(self.path / name, content)
 
 
-def write_launch_record(code: int, reason: str, retry: bool = True) -> None:
+def write_launch_record(code: int, reason: str, retry: bool | None = None) -> None:
     """The same record for the launch script of this start alone, where MEGATRON_MED_EXIT_FILE names a file: a start
     that is refused because another run is alive in RUN must not write there."""
     path = os.environ.get("MEGATRON_MED_EXIT_FILE")
@@ -201,9 +208,20 @@ def write_launch_record(code: int, reason: str, retry: bool = True) -> None:
             Path(path).write_text(json.dumps(_exit_record(code, reason, retry)), encoding="utf-8")
 
 
-def _exit_record(code: int, reason: str, retry: bool) -> dict[str, Any]:
+def _exit_record(code: int, reason: str, retry: bool | None) -> dict[str, Any]:
     record: dict[str, Any] = {"code": code, "reason": reason}
-    return record if retry else record | {"retry": False}
+    return record if retry is None else record | {"retry": retry}
+
+
+def _describe_self() -> str:
+    now = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    return f"process {os.getpid()} on {socket.gethostname()}, since {now}\n"
+
+
+def _first_line(path: Path) -> str:
+    with suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8").partition("\n")[0].strip()
+    return ""
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

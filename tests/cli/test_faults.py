@@ -51,6 +51,14 @@ def _workers(launcher: int) -> list[int]:
     return found
 
 
+def _launcher(script: int) -> int:
+    """Process id of torchrun below ``launch.sh``."""
+    below = [
+        pid for pid in descendants(script) if b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return below[0]
+
+
 def _final(run: Path) -> dict[str, np.ndarray]:
     reader = Reader(resolve_checkpoint(run))
     return {name: reader.read(name).numpy() for name in reader.shapes()}
@@ -256,17 +264,24 @@ def test_the_launch_script_starts_again_after_a_kill_and_not_after_bad_input(con
     run, log = tmp_path / "run", tmp_path / "log"
     script = ["bash", str(REPOSITORY / "tools" / "launch.sh"), "--standalone", "--nproc-per-node", "2", "--"]
     quick = {"MEGATRON_MED_RESTART_DELAY": "0", "MEGATRON_MED_PYTHON": python_path()}
-    with started([*script, str(config), "--train.steps", "60"], log, quick) as process:
+    with started(["nohup", *script, str(config), "--train.steps", "80"], log, quick) as process:
         wait_for_step(run, 12, process, log)
+        for pid in (process.pid, *descendants(process.pid)):
+            os.kill(pid, signal.SIGHUP)  # the terminal is closed
+        wait_for_step(run, 16, process, log)
         os.kill(_workers(process.pid)[0], signal.SIGKILL)
+        wait_for_step(run, 30, process, log)
+        os.kill(_launcher(process.pid), signal.SIGKILL)
         assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
     text = log.read_text()
     assert text.count("launch.sh: torchrun ended with 1; starting again") == 1
-    assert "loaded" in text
-    assert [line["step"] for line in read_metrics(run)] == list(range(1, 61))
+    assert text.count("launch.sh: torchrun is gone; waiting for its ranks to save") == 1
+    assert text.count("launch.sh: torchrun ended with 137; starting again") == 1
+    assert text.count("loaded") == 2
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, 81))
 
     with started([*script, str(config), "--train.steps", "100000"], log, quick) as process:
-        wait_for_step(run, 63, process, log)
+        wait_for_step(run, 83, process, log)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=120) == 75
     assert complete_steps(run / "checkpoints")[-1] == read_metrics(run)[-1]["step"]
@@ -278,6 +293,11 @@ def test_the_launch_script_starts_again_after_a_kill_and_not_after_bad_input(con
         assert done.returncode == 2
         assert "error: " in done.stderr
         assert "starting again" not in done.stderr
+    script[2] = "--no-such-option-of-torchrun"
+    done = subprocess.run(
+        [*script, str(config)], env=environment() | quick, capture_output=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
 
 
 def test_the_launch_script_leaves_a_live_run_alone_and_saves_at_ctrl_c(config: Path, tmp_path: Path) -> None:

@@ -120,7 +120,8 @@ def test_killed_before_its_first_checkpoint_it_starts_again_from_step_0(
     assert {step: _losses(run)[step] for step in (1, 2, 3)} == {step: first[step] for step in (1, 2, 3)}
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_signal_to_the_launcher_saves_and_ends_with_75(config: Path, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     arguments = (*TRAIN, config, "--parallel.tensor", 2, "--train.steps", 2000, "--checkpoint.interval", 5000)
