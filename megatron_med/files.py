@@ -13,6 +13,8 @@ from typing import IO, Any
 
 PARTIAL = ".partial"
 """Ending of what is not whole yet."""
+RUN_IDENTITY = "run.json"
+"""Stands in the folder of a run from its first start on."""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_med.errors import TargetExistsError
-from megatron_med.files import replacing, write_json
+from megatron_med.files import RUN_IDENTITY, replacing, write_json
 
 MARKER = ".megatron_med.json"
 """File in a folder that a tool has written; lists every file of it."""
@@ -40,7 +40,7 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         return
     foreign = _foreign_files(path)
     if foreign is None:
-        kind = "holds a run" if (path / "run.json").exists() else "is not empty, and no tool of ours has written it"
+        kind = "holds a run" if (path / RUN_IDENTITY).exists() else "is not empty, and no tool of ours has written it"
         raise TargetExistsError(f"{path} {kind}: --overwrite does not replace it. Name another target.")
     if foreign:
         more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""

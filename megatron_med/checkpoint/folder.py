@@ -42,7 +42,8 @@ class CheckpointState:
         loss_scaler: state of the fp16 loss scale.
         frozen: parameters without moments, since they were not trained.
         moments_since: parameter -> updates done when its moments began, where it was frozen before.
-        run: settings of the run, for information.
+        settings: option -> value of what shapes the loss curve (``train/continuity.py``).
+        run: other settings of the run, for information.
     """
 
     model: dict[str, Any]
@@ -54,6 +55,7 @@ class CheckpointState:
     loss_scaler: dict[str, float] | None = None
     frozen: list[str] = field(default_factory=list)
     moments_since: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     version: int = 1
 

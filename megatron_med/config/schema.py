@@ -220,7 +220,7 @@ class LRScheduleConfig:
     warmup_steps: int = 0
     """Steps of linear rise to the peak."""
     decay_steps: int | None = None
-    """Step at which min_lr is reached. null: train.steps."""
+    """Step at which min_lr is reached. null: train.steps of the run's first start; more steps later do not bend it."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from pathlib import Path
 
-from megatron_med.config.schema import Config, ModelConfig, ParallelConfig
-
-_LARGEST_COUNT = 2**31 - 1
+from megatron_med.config.ranges import DROPOUTS, counts, numbers
+from megatron_med.config.schema import Config, LRScheduleConfig, ModelConfig, ParallelConfig
+from megatron_med.files import RUN_IDENTITY
 
 
 def validate(config: Config, world_size: int) -> list[str]:
     """All faults of a configuration on ``world_size`` ranks; an empty list where there are none."""
-    positive = list(_positive(config))
-    if positive:  # the rules below divide by these values
-        return positive + list(_not_yet(config))
+    broken_counts = list(counts(config))
+    if broken_counts:  # the rules below divide by these values
+        return broken_counts + list(_not_yet(config))
     return [
         *_not_yet(config),
         *_model(config.model),
@@ -23,8 +23,18 @@ def validate(config: Config, world_size: int) -> list[str]:
         *_schedule(config.parallel),
         *_batch(config, world_size),
         *_sharding(config, world_size),
-        *_numbers(config),
+        *numbers(config),
+        *_run(config),
     ]
+
+
+def warmup_faults(schedule: LRScheduleConfig, horizon: int) -> Iterator[str]:
+    """Whether the warm-up is longer than the decay, which ends at step ``horizon``."""
+    if schedule.name != "constant" and schedule.warmup_steps > horizon:
+        yield (
+            f"lr_schedule.warmup_steps is {schedule.warmup_steps}: it must lie between 0 and the end of the decay, "
+            f"step {horizon}. Shorten the warm-up or set lr_schedule.decay_steps."
+        )
 
 
 def possible_world_sizes(parallel: ParallelConfig, world_size: int) -> list[int]:
@@ -32,39 +42,6 @@ def possible_world_sizes(parallel: ParallelConfig, world_size: int) -> list[int]
     unit = parallel.model_ranks
     below = world_size // unit * unit
     return [size for size in (below - unit, below, below + unit, below + 2 * unit) if size > 0]
-
-
-def _positive(config: Config) -> Iterator[str]:
-    model, parallel, train = config.model, config.parallel, config.train
-    values = {
-        "model.num_layers": model.num_layers,
-        "model.hidden_size": model.hidden_size,
-        "model.num_attention_heads": model.num_attention_heads,
-        "model.num_query_groups": model.num_query_groups,
-        "model.head_dim": model.head_dim,
-        "model.ffn_hidden_size": model.ffn_hidden_size,
-        "model.vocab_size": model.vocab_size,
-        "model.max_position_embeddings": model.max_position_embeddings,
-        "parallel.tensor": parallel.tensor,
-        "parallel.pipeline": parallel.pipeline,
-        "parallel.virtual_stages": parallel.virtual_stages,
-        "parallel.context": parallel.context,
-        "parallel.replicate": parallel.replicate,
-        "data.sequence_length": config.data.sequence_length,
-        "train.steps": train.steps,
-        "train.micro_batch_size": train.micro_batch_size,
-        "train.global_batch_size": train.global_batch_size,
-        "train.valid_samples": train.valid_samples,
-        "train.max_skipped_steps": train.max_skipped_steps,
-        "recompute_interval": config.recompute_interval,
-        "optimizer.loss_scale_window": config.optimizer.loss_scale_window,
-        "logging.interval": config.logging.interval,
-    }
-    for name, value in values.items():
-        if value < 1:
-            yield f"{name} is {value}: it must be at least 1."
-        elif value > _LARGEST_COUNT:
-            yield f"{name} is {value}: it must be at most {_LARGEST_COUNT}."
 
 
 def _not_yet(config: Config) -> Iterator[str]:
@@ -92,23 +69,13 @@ def _model(model: ModelConfig) -> Iterator[str]:
     scaling = model.rope_scaling
     if model.family == "gpt2" and scaling is not None:
         yield "model.rope_scaling is set: gpt2 has learned positions. Leave it out."
-    positive = {"norm_eps": model.norm_eps, "rope_theta": model.rope_theta}
-    if scaling is not None:
-        factors = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        positive |= {f"rope_scaling.{name}": getattr(scaling, name) for name in factors}
-        if scaling.type == "llama3" and not scaling.low_freq_factor < scaling.high_freq_factor:
-            yield (
-                f"model.rope_scaling.low_freq_factor is {scaling.low_freq_factor}: it must be below high_freq_factor = "
-                f"{scaling.high_freq_factor}."
-            )
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            yield f"model.{name} is {value}: it must be a number above 0."
-    dropouts = ("embedding_dropout", "hidden_dropout", "attention_dropout")
-    for name in dropouts:
+    if scaling is not None and scaling.type == "llama3" and not scaling.low_freq_factor < scaling.high_freq_factor:
+        yield (
+            f"model.rope_scaling.low_freq_factor is {scaling.low_freq_factor}: it must be below high_freq_factor = "
+            f"{scaling.high_freq_factor}."
+        )
+    for name in DROPOUTS:
         value = getattr(model, name)
-        if not 0 <= value < 1:
-            yield f"model.{name} is {value}: a probability from 0 up to, not including, 1 is needed."
         if value and model.family == "llama":
             yield f"model.{name} is {value}: the llama family has no dropout. Set it to 0."
 
@@ -241,49 +208,16 @@ def _batch(config: Config, world_size: int) -> Iterator[str]:
         )
 
 
-def _numbers(config: Config) -> Iterator[str]:
+def _run(config: Config) -> Iterator[str]:
     schedule, optimizer, train = config.lr_schedule, config.optimizer, config.train
     if not config.data.train:
         yield "data.train is empty: name at least one corpus, as [{path: PREFIX}]."
-    for split in ("train", "valid"):
-        for source in getattr(config.data, split):
-            if not 0 < source.weight < math.inf:
-                yield f"data.{split}: the weight of {source.path} is {source.weight}. It must be a number above 0."
-    decay = schedule.decay_steps if schedule.decay_steps is not None else train.steps
-    if schedule.warmup_steps < 0 or (schedule.name != "constant" and schedule.warmup_steps > decay):
-        yield (
-            f"lr_schedule.warmup_steps is {schedule.warmup_steps}: it must lie between 0 and the end of the decay, "
-            f"step {decay}. Shorten the warm-up or set lr_schedule.decay_steps."
-        )
+    is_first_start = not (Path(train.output_dir) / RUN_IDENTITY).is_file()
+    if schedule.decay_steps is not None or is_first_start:  # else its checkpoint tells where the decay ends
+        yield from warmup_faults(schedule, schedule.decay_steps or train.steps)
     if not 0 <= schedule.min_lr <= optimizer.lr:
         yield f"lr_schedule.min_lr is {schedule.min_lr}: it must lie between 0 and optimizer.lr = {optimizer.lr}."
-    if not all(0 <= beta < 1 for beta in optimizer.betas):
-        yield f"optimizer.betas is {list(optimizer.betas)}: both must lie from 0 up to, not including, 1."
-    if not 0 <= train.seed < 2**32:
-        yield f"train.seed is {train.seed}: it must lie from 0 to {2**32 - 1}."
-    limits = {
-        "optimizer.lr": optimizer.lr,
-        "model.init_std": config.model.init_std,
-        "optimizer.eps": optimizer.eps,
-        "optimizer.weight_decay": optimizer.weight_decay,
-        "optimizer.clip_grad": optimizer.clip_grad,
-        "optimizer.initial_loss_scale": optimizer.initial_loss_scale,
-        "optimizer.min_loss_scale": optimizer.min_loss_scale,
-        "train.valid_interval": train.valid_interval,
-        "checkpoint.interval": config.checkpoint.interval,
-        "checkpoint.keep": config.checkpoint.keep,
-    }
-    for name, value in limits.items():
-        if not 0 <= value < math.inf:
-            yield f"{name} is {value}: it must be a number of at least 0."
-    if not 0 < train.timeout_minutes < math.inf:
-        yield f"train.timeout_minutes is {train.timeout_minutes}: it must be a number above 0."
     for group in optimizer.groups:
-        if not 0 < group.lr_scale < math.inf or (group.weight_decay is not None and group.weight_decay < 0):
-            yield (
-                f"optimizer.groups: {group.match} has lr_scale {group.lr_scale} and weight_decay "
-                f"{group.weight_decay}. The first must be above 0, the second at least 0 or null."
-            )
         if group.frozen and (group.lr_scale != 1 or group.weight_decay is not None):
             yield (
                 f"optimizer.groups: {group.match} is frozen and has lr_scale {group.lr_scale} and weight_decay "
@@ -306,5 +240,3 @@ def _numbers(config: Config) -> Iterator[str]:
             f"train.valid_interval is {train.valid_interval} but data.valid is empty: name a validation corpus, "
             "or set the interval to 0."
         )
-    if config.checkpoint.keep_every is not None and config.checkpoint.keep_every < 1:
-        yield f"checkpoint.keep_every is {config.checkpoint.keep_every}: it must be at least 1, or null."

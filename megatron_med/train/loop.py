@@ -77,7 +77,7 @@ def _steps(
     stall = 0.0
     while progress.step < config.train.steps:
         timer = StepTimer(run.context.device)
-        lr = learning_rate(config.lr_schedule, config.optimizer.lr, progress.step + 1, config.train.steps)
+        lr = learning_rate(config.lr_schedule, config.optimizer.lr, progress.step + 1, run.horizon)
         with timer.phase("data"):
             batches = prefetcher.take(progress.step + 1)
         result = train_step(run.train_module, batches, lr, stop.asked or saver.has_failed, timer)

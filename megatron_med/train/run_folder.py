@@ -22,9 +22,8 @@ from megatron_med.checkpoint.folder import (
     set_newer_aside,
 )
 from megatron_med.errors import CheckpointError, ConfigError
-from megatron_med.files import remove_leftovers, write_json, write_text
+from megatron_med.files import RUN_IDENTITY, remove_leftovers, write_json, write_text
 
-IDENTITY = "run.json"
 METRICS = "metrics.jsonl"
 EXIT = "exit.json"
 COMMITTED = "committed.json"
@@ -86,7 +85,7 @@ class RunFolder:
         Raises:
             ConfigError: one fault for each field that differs.
         """
-        path = self.path / IDENTITY
+        path = self.path / RUN_IDENTITY
         if not path.is_file():
             return
         try:
@@ -111,7 +110,7 @@ class RunFolder:
     def begin(self, identity: dict[str, Any], config: str, step: int) -> None:
         """Records a start from ``step`` that everything has agreed to; what an earlier end or crash left behind goes.
         Checkpoints of later steps are set aside."""
-        self.write_json(IDENTITY, identity)
+        self.write_json(RUN_IDENTITY, identity)
         write_text(self.path / CONFIG, config)
         (self.path / EXIT).unlink(missing_ok=True)
         remove_partials(self.checkpoints)

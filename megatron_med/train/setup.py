@@ -37,6 +37,14 @@ from megatron_med.parallel.data_parallel.fully_sharded import FullyShardedDataPa
 from megatron_med.parallel.parameters import initialise
 from megatron_med.parallel.pipeline_parallel.engine import PipelineEngine
 from megatron_med.tokenizer import Tokenizer
+from megatron_med.train.continuity import (
+    Settings,
+    beyond_horizon,
+    changes,
+    decay_horizon,
+    settings_before,
+    settings_of,
+)
 from megatron_med.train.run_folder import RunFolder
 from megatron_med.train.step import TrainModule
 
@@ -55,7 +63,12 @@ class Progress:
 
 @dataclass
 class Run:
-    """A run that is ready to train. ``frozen``: names of all parameters that are not trained."""
+    """A run that is ready to train.
+
+    Attributes:
+        frozen: names of all parameters that are not trained.
+        horizon: step at which the decay of the learning rate ends.
+    """
 
     config: Config
     folder: RunFolder
@@ -65,6 +78,7 @@ class Run:
     tokenizer: Tokenizer | None
     progress: Progress
     frozen: list[str]
+    horizon: int
 
     @property
     def context(self) -> ParallelContext:
@@ -83,6 +97,7 @@ class Run:
             loss_scaler=scaler.state_dict() if scaler is not None else None,
             frozen=self.frozen,
             moments_since=self.train_module.optimizer.moments_since,
+            settings=settings_of(self.config, self.horizon),
             run={"precision": self.config.precision, "parallel": asdict(self.config.parallel)},
         )
 
@@ -108,8 +123,11 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     trained, frozen = _gather_names(train_module)
     if context.world.is_first:
         print(describe(), flush=True)
-    progress = _load(config, folder, train_module, tokenizer, trained, frozen)
+    progress, before = _load(config, folder, train_module, tokenizer, trained, frozen)
+    horizon = decay_horizon(config, before)
     _on_first_rank(context, lambda: folder.begin(identity, dump_config(config), progress.step))
+    if before and context.world.is_first:
+        _tell_of_changes(config, before, horizon, progress.step)
     tell_of_repetition(config, context, one_pass(corpora, data.train))
     remaining = max(0, train.steps - progress.step) * train.global_batch_size
     total = max(1, progress.consumed_samples + remaining)
@@ -122,7 +140,16 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
         tokenizer=tokenizer,
         progress=progress,
         frozen=sorted(frozen),
+        horizon=horizon,
     )
+
+
+def _tell_of_changes(config: Config, before: Settings, horizon: int, step: int) -> None:
+    for line in changes(before, settings_of(config, horizon), step):
+        print(line, flush=True)
+    warning = beyond_horizon(config, horizon, step)
+    if warning:
+        print(warning, file=sys.stderr, flush=True)
 
 
 def tell_of_repetition(config: Config, context: ParallelContext, one_pass: int) -> None:
@@ -239,10 +266,13 @@ def _load(
     tokenizer: Tokenizer | None,
     trained: set[str],
     frozen: set[str],
-) -> Progress:
+) -> tuple[Progress, Settings]:
     """RUN's own latest checkpoint first, then ``checkpoint.load``; else the initial weights.
 
     ``trained`` and ``frozen`` are the names of the whole model's parameters.
+
+    Returns:
+        Where the run stands, and the settings that have brought it there; none for a new one.
     """
     context, optimizer = train_module.context, train_module.optimizer
     resume = _resume_point(folder, context)
@@ -250,7 +280,7 @@ def _load(
     everything = resume is not None or config.checkpoint.load_state == "all"
     if source is None:
         if config.checkpoint.load is None:
-            return Progress()
+            return Progress(), {}
         source = resolve_checkpoint(config.checkpoint.load)
         verify_checkpoint(source, context)
     state = read_state(source)
@@ -270,14 +300,14 @@ def _load(
                 flush=True,
             )
     if not everything:
-        return Progress()
+        return Progress(), {}
     steps = state.optimizer_steps or 0
     began = {name: count for name, count in state.moments_since.items() if name in trained}
     optimizer.resume(steps, began | dict.fromkeys(thawed, steps))
     optimizer.initial_lr = state.initial_lr or optimizer.initial_lr
     if train_module.loss_scaler is not None and state.loss_scaler is not None:
         train_module.loss_scaler.load_state_dict(state.loss_scaler)
-    return Progress(state.step, state.consumed_samples)
+    return Progress(state.step, state.consumed_samples), settings_before(source, state)
 
 
 def _in_words(names: list[str]) -> str:

@@ -12,7 +12,7 @@ import yaml
 
 from megatron_med.config import dump_config, load_config
 from megatron_med.config.layers import cut_into_chunks, split_layers
-from megatron_med.config.load import peek_output_dir
+from megatron_med.config.load import _leaves, peek_output_dir
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import Config, ModelConfig
 from megatron_med.corpus.recipe import load_recipe
@@ -47,6 +47,18 @@ def test_preset_yaml_and_command_line_in_that_order(tmp_path: Path) -> None:
     assert (config.model.num_layers, config.model.hidden_size, config.model.num_query_groups) == (6, 256, 4)
     assert config.optimizer.betas == (0.8, 0.9)
     assert [source.weight for source in config.data.train] == [1.0, 0.5]
+
+
+_NUMBERS = [name for name, leaf in _leaves(Config).items() if "int" in str(leaf.type) or "float" in str(leaf.type)]
+
+
+@pytest.mark.parametrize("name", _NUMBERS)
+def test_every_number_has_a_range(tmp_path: Path, name: str) -> None:
+    path = _write(tmp_path, {"model": {"preset": "gpt2-tiny"}})
+    for value in ("-1", ".nan", ".inf", "1e300"):
+        several = name in ("optimizer.betas", "parallel.layers_per_stage")
+        given = f"[{value}, {value}]" if several else value
+        assert any(name in fault for fault in _faults([path, f"--{name}", given]))
 
 
 def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
