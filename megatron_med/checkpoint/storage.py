@@ -73,9 +73,10 @@ class Reader(dcp.FileSystemReader):
             path = self._folder / ".metadata"
             try:
                 self._metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
-            except (OSError, pickle.UnpicklingError, EOFError, AttributeError, IndexError) as error:
+            except Exception as error:  # of any kind, where the bytes are not what they should be
                 raise CheckpointError(f"{path} is not the metadata of a checkpoint: {error}.") from error
-            assert self._metadata is not None, "unpickling gives an object"
+            if not isinstance(self._metadata, Metadata):
+                raise CheckpointError(f"{path} is not the metadata of a checkpoint: it holds something else.")
             if self._metadata.storage_meta is None:
                 self._metadata.storage_meta = StorageMeta()
             self._metadata.storage_meta.load_id = self.load_id
@@ -113,7 +114,8 @@ class _StreamingPlanner(DefaultSavePlanner):
 def write_streaming(
     folder: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], make: Mapping[str, Callable[[], Tensor]]
 ) -> None:
-    """Writes tensors one by one, without a process group.
+    """Writes tensors one by one, each into a file of its own (DCP holds all tensors of a file until it is written),
+    without a process group.
 
     Args:
         folder: target.
@@ -121,7 +123,7 @@ def write_streaming(
         make: gives a tensor when it is its turn.
     """
     placeholders = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
-    writer = dcp.FileSystemWriter(folder)
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
     with _without_single_process_warning():
         dcp.save(placeholders, storage_writer=writer, planner=_StreamingPlanner(make), no_dist=True)
 

@@ -156,10 +156,10 @@ def test_sharded_bf16_folder_survives_bitwise(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("megatron_med.checkpoint.huggingface.files.SHARD_BYTES", 100_000)
     export_huggingface(tmp_path / "checkpoint", tmp_path / "back", verify=True)
     assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
-    with open_tensors(tmp_path / "hf") as before, open_tensors(tmp_path / "back") as after:
-        for name in before.names():
-            assert after.read(name).dtype == torch.bfloat16
-            assert torch.equal(before.read(name), after.read(name)), name
+    before, after = open_tensors(tmp_path / "hf"), open_tensors(tmp_path / "back")
+    for name in before.names():
+        assert after.read(name).dtype == torch.bfloat16
+        assert torch.equal(before.read(name), after.read(name)), name
 
 
 def test_verification_refuses_wrong_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ def test_missing_checkpoint_says_what_to_give(tmp_path: Path) -> None:
 def test_damage_is_named_and_the_step_before_offered(tmp_path: Path) -> None:
     _save(tmp_path, 10)
     step = _save(tmp_path, 20)
-    (data,) = step.glob("*.distcp")
+    data = step / "__0_0.distcp"
     raw = data.read_bytes()
     data.write_bytes(raw[:-1])
     with pytest.raises(CheckpointError, match=r"distcp has .* bytes instead of .*step-00000010"):
@@ -152,6 +152,16 @@ def test_metadata_that_would_run_code_is_refused(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    "content", [b"", b"\x80\x04", b"{}", b"\xff" * 9, pickle.dumps([1]), pickle.dumps({"a": 1}), b"cos\n."]
+)
+def test_metadata_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> None:
+    step = _save(tmp_path, 10)
+    (step / ".metadata").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"\.metadata is not the metadata of a checkpoint: "):
+        Reader(step).shapes()
+
+
 class _OldPython(pickle.Pickler):
     """Writes members of enumerations as Python 3.11.0 to 3.11.3 do."""
 
@@ -193,7 +203,7 @@ def test_no_attribute_but_a_member_of_an_enumeration_is_read(tmp_path: Path, arg
 def test_a_damaged_step_is_set_aside_and_the_one_before_taken(tmp_path: Path, damage: str) -> None:
     run = RunFolder(tmp_path)
     good, step = _save(run.checkpoints, 10), _save(run.checkpoints, 20)
-    (data,) = step.glob("*.distcp")
+    data = step / "__0_0.distcp"
     if damage == "truncated":
         data.write_bytes(data.read_bytes()[:-3])
     elif damage == "manifest":
@@ -216,8 +226,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_taken(tmp_path: Path, da
     assert run.resume_point() == expected
     verify_checkpoint(expected, single_process_context())
     assert step.with_name(f"{step.name}.damaged").exists() == (expected == good)
-    (data,) = expected.glob("*.distcp")
-    data.unlink()
+    (expected / "__0_0.distcp").unlink()
     if expected == good:  # nothing before it: no silent start from random weights
         with pytest.raises(CheckpointError, match="is missing"):
             run.step_back(good, CheckpointError("it is missing"))

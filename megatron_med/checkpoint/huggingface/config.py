@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no config.json. Check --from.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}.") from error
+        raise CheckpointError(f"{path} is not JSON: {error}. Fetch it again.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} holds no settings of a model. Fetch it again.")
+    return config
 
 
 def from_huggingface(config: dict[str, Any]) -> ModelConfig:
@@ -31,12 +35,29 @@ def from_huggingface(config: dict[str, Any]) -> ModelConfig:
         CheckpointError: another family, or a setting that we have no arithmetic for, by name.
     """
     try:
-        return _from_known(config)
+        model = _from_known(config)
+        faults = [
+            f"config.json: {field.name} of the model is {value!r}: a whole number of at least 1 is needed."
+            for field, value in ((field, getattr(model, field.name)) for field in fields(model))
+            if field.type == "int" and not (isinstance(value, int) and value >= 1)
+        ]
     except KeyError as error:
         raise CheckpointError(f"config.json has no {error.args[0]!r}: it is needed. Get the whole file.") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"config.json has a value of another kind than its name says ({error}).") from error
+    if faults:
+        raise CheckpointError(faults)
+    return model
 
 
 def _from_known(config: dict[str, Any]) -> ModelConfig:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
+        raise CheckpointError(
+            f"config.json has a quantization_config (method {method}): quantized weights are not imported. Save the "
+            "model in bf16, fp16 or fp32 (transformers: model.dequantize(), then save_pretrained)."
+        )
     family = config.get("model_type")
     if family == "llama":
         _refuse(config, {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"})

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.folder import CheckpointState
+from megatron_med.checkpoint.huggingface.checks import check_tensors
 from megatron_med.checkpoint.huggingface.config import from_huggingface, read_config, to_huggingface
 from megatron_med.checkpoint.huggingface.files import open_tensors, write_tensors
-from megatron_med.checkpoint.huggingface.mapping import TensorMap, tensor_maps
+from megatron_med.checkpoint.huggingface.mapping import tensor_maps
 from megatron_med.checkpoint.huggingface.verify import verify_logits
 from megatron_med.checkpoint.load import verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
@@ -74,14 +77,14 @@ def _write_weights(source: Path, partial: Path, config: ModelConfig, rows: int) 
 
     ``rows`` is the size of the source's vocabulary; the rows of tokens after it are made here.
     """
-    with open_tensors(source) as files:
-        maps = list(tensor_maps(config))
-        for tensor_map in maps:
-            _check_shapes(tensor_map, [files.shape(name) for name in tensor_map.hf_names], rows)
-        specs = {m.layout.name: (m.layout.global_shape, files.dtype(m.hf_names[0])) for m in maps}
-        make = {m.layout.name: (lambda m=m: m.to_canonical(files.read)) for m in maps}
-        write_streaming(partial, specs, make)
-    return _NAMES.get(specs["embedding.word.weight"][1], "fp32")
+    files = open_tensors(source)
+    maps = list(tensor_maps(config))
+    check_tensors(files, maps, config, rows)
+    dtypes = {m.layout.name: reduce(torch.promote_types, map(files.dtype, m.hf_names)) for m in maps}
+    specs = {m.layout.name: (m.layout.global_shape, dtypes[m.layout.name]) for m in maps}
+    make = {m.layout.name: (lambda m=m: m.to_canonical(files.read, dtypes[m.layout.name])) for m in maps}
+    write_streaming(partial, specs, make)
+    return _NAMES.get(dtypes["embedding.word.weight"], "fp32")
 
 
 def export_huggingface(
@@ -116,7 +119,7 @@ def export_huggingface(
         write_json(partial / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
         if loaded is not None:
             loaded.copy_to(partial)
-            _describe_sentencepiece(loaded, partial)
+            _complete_tokenizer_config(partial, config.max_position_embeddings)
         if verify:
             verify_logits(partial, step, config, loaded, rounded=torch_dtype)
 
@@ -148,22 +151,6 @@ def _check_stored(state: CheckpointState, loaded: Tokenizer, folder: Path) -> No
         )
 
 
-def _check_shapes(tensor_map: TensorMap, shapes: list[tuple[int, ...]], rows: int) -> None:
-    name, shape = tensor_map.hf_names[0], shapes[0]
-    if tensor_map.entry.vocabulary:
-        if shape[0] != rows:
-            raise CheckpointError(
-                f"{name} has {shape[0]} rows, config.json a vocab_size of {rows}: the folder's files do "
-                "not belong together."
-            )
-        return
-    if sum(map(math.prod, shapes)) != math.prod(tensor_map.layout.global_shape):
-        raise CheckpointError(
-            f"{name} has the shape {list(shape)}, which does not fit config.json: the folder's files do not belong "
-            "together."
-        )
-
-
 def _refuse_overlap(source: Path, target: Path) -> None:
     """Replacing what is read, or a folder around it, would destroy it."""
     replaced, read = target.resolve(), source.resolve()
@@ -171,14 +158,20 @@ def _refuse_overlap(source: Path, target: Path) -> None:
         raise TargetExistsError(f"--to {target} holds {source}, which is read: name another target.")
 
 
-def _describe_sentencepiece(tokenizer: Tokenizer, folder: Path) -> None:
-    """A bare SentencePiece model or GPT-2 vocabulary needs a tokenizer_config.json for Hugging Face."""
+def _complete_tokenizer_config(folder: Path, longest: int) -> None:
+    """Tells Hugging Face the longest sequence, and of a bare SentencePiece model or GPT-2 vocabulary what it is."""
     path = folder / "tokenizer_config.json"
-    if path.exists():
-        return
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else _described(folder)
+    write_json(path, config | {"model_max_length": longest}, ensure_ascii=False)
+
+
+def _described(folder: Path) -> dict[str, Any]:
     if (folder / "tokenizer.model").exists():
         tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        write_json(path, {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, **tokens})
-    elif (folder / "merges.txt").exists():
-        tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-        write_json(path, {"tokenizer_class": "GPT2Tokenizer", **tokens})
+        return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, **tokens}
+    if (folder / "merges.txt").exists():
+        return {
+            "tokenizer_class": "GPT2Tokenizer",
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        }
+    return {}

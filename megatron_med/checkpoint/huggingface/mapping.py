@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -36,6 +38,15 @@ class Entry:
 
 NEW_ROW_NOISE = 0.01
 """Noise of new vocabulary rows, in standard deviations of the old ones."""
+
+_COLUMNS = 256
+"""Columns whose mean and deviation are computed at once: fp32 copies of them are held."""
+
+IGNORED = {
+    "llama": re.compile(r".*\.rotary_emb\.inv_freq"),
+    "gpt2": re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"),
+}
+"""Tensors of each family that are constants of its code: frequencies and masks."""
 
 _LLAMA_LAYER = "model.layers.{i}."
 _GPT2_LAYER = "transformer.h.{i}."
@@ -96,16 +107,36 @@ class TensorMap:
     entry: Entry
     vocab_size: int
 
-    def to_canonical(self, read: Callable[[str], Tensor]) -> Tensor:
-        """Reads Hugging Face tensors and makes the canonical one."""
-        pieces = [read(name) for name in self.hf_names]
-        rows = torch.cat([piece.t() if self.entry.transposed else piece for piece in pieces])
+    def to_canonical(self, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+        """Reads Hugging Face tensors, one after the other, and makes the canonical one."""
+        canonical = torch.zeros(self.layout.global_shape, dtype=dtype)
+        rows = canonical.flatten(0, -2) if canonical.dim() > 2 else canonical
+        order = self._order() if self.entry.parts else None
+        end = 0
+        for name in self.hf_names:
+            piece = read(name).t() if self.entry.transposed else read(name)
+            begin, end = end, end + len(piece)
+            if order is None:
+                rows[begin:end] = piece
+            else:
+                rows.index_copy_(0, order[begin:end], piece.to(dtype))
         if self.entry.vocabulary:
-            rows = torch.cat([rows, new_rows(rows, self.vocab_size - rows.shape[0], self.entry.name)])
-            rows = torch.cat([rows, rows.new_zeros(self.layout.global_shape[0] - rows.shape[0], *rows.shape[1:])])
-        if self.entry.parts:
-            rows = torch.empty_like(rows).index_copy_(0, self._order(), rows)
-        return rows.reshape(self.layout.global_shape).contiguous()
+            rows[end : self.vocab_size] = new_rows(rows[:end], self.vocab_size - end, self.entry.name)
+        return canonical
+
+    def hf_shapes(self, vocab_size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes that Hugging Face's tensors have, by name.
+
+        Args:
+            vocab_size: rows of their vocabulary.
+        """
+        shape = self.layout.global_shape
+        width, count = shape[-1:] if len(shape) > 1 else (), math.prod(shape[:-1] or shape)
+        shapes = [(rows, *width) for rows in ([vocab_size] if self.entry.vocabulary else self._hf_rows(count))]
+        return {
+            name: shape[::-1] if self.entry.transposed else shape
+            for name, shape in zip(self.hf_names, shapes, strict=True)
+        }
 
     def to_hf(self, tensor: Tensor) -> dict[str, Tensor]:
         """Cuts the canonical tensor into Hugging Face's."""
@@ -115,11 +146,14 @@ class TensorMap:
             rows = rows.index_select(0, self._order())
         if self.entry.vocabulary:
             rows = rows[: self.vocab_size]
-        sizes = [rows.shape[0]]
-        if len(self.hf_names) > 1:
-            sizes = [len(self.layout.parts[part]) for part in self.entry.parts]
-        pieces = zip(self.hf_names, rows.split(sizes), strict=True)
+        pieces = zip(self.hf_names, rows.split(self._hf_rows(rows.shape[0])), strict=True)
         return {name: (piece.t() if self.entry.transposed else piece).contiguous() for name, piece in pieces}
+
+    def _hf_rows(self, count: int) -> list[int]:
+        """Rows of each of Hugging Face's tensors, ``count`` in all."""
+        if len(self.hf_names) == 1:
+            return [count]
+        return [len(self.layout.parts[part]) for part in self.entry.parts]
 
     def _order(self) -> Tensor:
         """Our rows in the order in which Hugging Face's come."""
@@ -133,9 +167,13 @@ def new_rows(rows: Tensor, count: int, name: str) -> Tensor:
     (Hewitt 2021, "Initializing new word embeddings for pretrained language models"): a new token begins as an average
     word, and no two are the same. The padding below the vocabulary is made elsewhere and stays zero.
     """
-    old = rows.float()
     noise = torch.randn(count, rows.shape[1], generator=generator_of("new vocabulary rows", name))
-    return (old.mean(0) + NEW_ROW_NOISE * old.std(0) * noise).to(rows.dtype)
+    new = rows.new_empty(count, rows.shape[1])
+    for columns in torch.arange(rows.shape[1]).split(_COLUMNS):
+        first, last = int(columns[0]), int(columns[-1]) + 1
+        old = rows[:, first:last].float()
+        new[:, first:last] = old.mean(0) + NEW_ROW_NOISE * old.std(0) * noise[:, first:last]
+    return new
 
 
 def tensor_maps(config: ModelConfig) -> Iterator[TensorMap]:
