@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 PARTIAL = ".partial"
 """Ending of what is not whole yet."""
 RUN_IDENTITY = "run.json"
 """Stands in the folder of a run from its first start on."""
+
+PIECE = 2**20
+_HASHED_AT_ONCE = 4
 
 
 @contextmanager
@@ -65,10 +70,29 @@ def write_json(path: Path, content: Any, indent: int | None = 2, ensure_ascii: b
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=ensure_ascii) + "\n")
 
 
+class _Pieces(io.FileIO):
+    """A file that takes at most PIECE bytes in one call."""
+
+    def write(self, data: Any) -> int:
+        return super().write(memoryview(data)[:PIECE])
+
+
+def open_large(path: Path) -> BinaryIO:
+    """Opens a new file for many bytes. One call for a whole tensor makes the kernel look for huge pages for its cache,
+    which takes longer than the writing."""
+    return io.BufferedWriter(_Pieces(path, "wb"), PIECE)
+
+
 def sha256(path: Path) -> str:
     """Checksum of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_all(paths: Sequence[Path]) -> list[str]:
+    """Checksums of several files, some at a time."""
+    with ThreadPoolExecutor(min(_HASHED_AT_ONCE, os.cpu_count() or 1)) as pool:
+        return list(pool.map(sha256, paths))
 
 
 def sync_path(path: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_med.errors import CheckpointError
-from megatron_med.files import PARTIAL, sha256, sync_path, write_json, write_text
+from megatron_med.files import PARTIAL, sha256_of_all, sync_path, write_json, write_text
 
 LATEST = "latest"
 MANIFEST = "manifest.json"
@@ -118,7 +118,12 @@ def commit(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """Size and sha256 of each named file."""
-    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)} for name in names}
+    paths = [folder / name for name in names]
+    checksums = sha256_of_all(paths)
+    return {
+        name: {"bytes": path.stat().st_size, "sha256": checksum}
+        for name, path, checksum in zip(names, paths, checksums, strict=True)
+    }
 
 
 def file_names(folder: Path) -> list[str]:
@@ -249,7 +254,8 @@ def check_sizes(folder: Path) -> list[str]:
 def damaged_files(folder: Path, names: list[str]) -> list[str]:
     """Those of ``names`` whose content is not what the manifest says."""
     files = _manifest(folder)
-    return [name for name in names if sha256(folder / name) != files[name]["sha256"]]
+    checksums = sha256_of_all([folder / name for name in names])
+    return [name for name, found in zip(names, checksums, strict=True) if found != files[name]["sha256"]]
 
 
 def damage_error(folder: Path, names: list[str]) -> CheckpointError:

@@ -1,25 +1,30 @@
-"""torch.distributed.checkpoint (DCP) with two additions: its metadata is read by a restricted unpickler, and
-tensors can be written one by one as they are made.
+"""torch.distributed.checkpoint (DCP) with three additions: its metadata is read by a restricted unpickler, tensors can
+be written one by one as they are made, and large ones in pieces.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
 from megatron_med.errors import CheckpointError
+from megatron_med.files import open_large
+
+_WRITERS = 2
 
 _ALLOWED_MODULES = (
     "torch.distributed.checkpoint.metadata",
@@ -100,6 +105,21 @@ class Reader(dcp.FileSystemReader):
         return tensor
 
 
+class _LargeFiles(FileSystem):
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        with open_large(Path(path)) if mode == "wb" else Path(path).open(mode) as stream:
+            yield cast(io.IOBase, stream)
+
+
+class Writer(dcp.FileSystemWriter):
+    """A FileSystemWriter that writes large tensors in pieces; see ``open_large``."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(folder, **options)
+        self.fs = _LargeFiles()
+
+
 class _StreamingPlanner(DefaultSavePlanner):
     """Asks for each tensor when it is about to be written; nothing else holds it."""
 
@@ -120,10 +140,10 @@ def write_streaming(
     Args:
         folder: target.
         specs: global shape and type of each tensor.
-        make: gives a tensor when it is its turn.
+        make: gives a tensor when it is its turn; two threads ask.
     """
     placeholders = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
-    writer = dcp.FileSystemWriter(folder, single_file_per_rank=False)
+    writer = Writer(folder, single_file_per_rank=False, thread_count=_WRITERS)
     with _without_single_process_warning():
         dcp.save(placeholders, storage_writer=writer, planner=_StreamingPlanner(make), no_dist=True)
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.attention import SDPBackend
-from torch.nn.attention.varlen import varlen_attn
 
 from megatron_med.kernels.backend import operation
 
@@ -139,6 +138,8 @@ def attention(
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments) -> Tensor:
     """One FlashAttention call over all documents; the window (-1, 0) is causal."""
+    from torch.nn.attention.varlen import varlen_attn  # brings torch's compiler: most of a second at every start
+
     longest, borders = max(documents.lengths), documents.cu_seqlens
     grouped = query.shape[1] != key.shape[1]
     out = varlen_attn(query, key, value, borders, borders, longest, longest, window_size=(-1, 0), enable_gqa=grouped)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.checkpoint.huggingface.checks import check_tensors
 from megatron_med.checkpoint.huggingface.config import from_huggingface, read_config, to_huggingface
 from megatron_med.checkpoint.huggingface.files import open_tensors, write_tensors
-from megatron_med.checkpoint.huggingface.mapping import tensor_maps
+from megatron_med.checkpoint.huggingface.mapping import TensorMap, tensor_maps
 from megatron_med.checkpoint.huggingface.verify import verify_logits
 from megatron_med.checkpoint.load import verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
@@ -29,6 +30,8 @@ from megatron_med.outputs import output_folder, refuse_existing
 from megatron_med.parallel.context import single_process_context
 from megatron_med.tokenizer import Tokenizer, describe_difference, load_tokenizer
 from megatron_med.tokenizer.load import has_tokenizer
+
+T = TypeVar("T")
 
 _HF_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -112,7 +115,9 @@ def export_huggingface(
         _check_stored(state, loaded, stored_tokenizer)
 
     with output_folder(target, overwrite) as partial:
-        write_tensors(partial, _exported(step, config, torch_dtype))
+        maps = list(tensor_maps(config))
+        shapes = {name: shape for m in maps for name, shape in m.hf_shapes(config.vocab_size).items()}
+        write_tensors(partial, shapes, torch_dtype, _one_ahead(_exported(step, maps, torch_dtype)))
         bos = loaded.bos_id if loaded else None
         eos = loaded.eod_id if loaded else None
         write_json(partial / "config.json", to_huggingface(config, _HF_DTYPES[torch_dtype], bos, eos))
@@ -124,11 +129,20 @@ def export_huggingface(
             verify_logits(partial, step, config, loaded, rounded=torch_dtype)
 
 
-def _exported(step: Path, config: ModelConfig, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def _exported(step: Path, maps: Sequence[TensorMap], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     reader = Reader(step)
-    for tensor_map in tensor_maps(config):
+    for tensor_map in maps:
         tensor = reader.read(tensor_map.layout.name).to(dtype)
         yield from tensor_map.to_hf(tensor).items()
+
+
+def _one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, each made in a thread while the one before is used."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
 
 
 def _tokenizer_of(source: Path, override: str | None, config: ModelConfig) -> Tokenizer | None:

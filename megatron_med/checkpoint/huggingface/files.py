@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_med.errors import CheckpointError
-from megatron_med.files import write_json
+from megatron_med.files import open_large, write_json
 
 SHARD_BYTES = 1_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -128,45 +127,63 @@ def _read_header(file: Path) -> dict[str, _Stored]:
     }
 
 
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes tensors in shards as they come, and the index that joins the shards."""
-    shards: list[Path] = []
-    where: dict[str, Path] = {}
-    batch: dict[str, Tensor] = {}
-    total = size = 0
+def write_tensors(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Writes tensors in shards as they come, and the index that joins the shards. The library's own writer would hold
+    a whole shard.
 
-    def flush() -> None:
-        if batch:
-            shards.append(folder / f"shard-{len(shards)}.safetensors")
-            save_file(batch, shards[-1], metadata={"format": "pt"})
-            shards[-1].chmod(0o666 & ~_umask())  # the library makes files for their owner alone
-            where.update(dict.fromkeys(batch, shards[-1]))
-            batch.clear()
+    Args:
+        folder: gets ``model.safetensors``, or several files and their index.
+        shapes: of all tensors by name, in the order in which they come.
+        dtype: of all of them.
+        tensors: with their names.
+    """
+    shards = _cut_into_shards(shapes, dtype.itemsize)
+    files = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    coming = iter(tensors)
+    for file, names in zip(files, shards, strict=True):
+        with open_large(folder / file) as opened:
+            opened.write(_header({name: shapes[name] for name in names}, dtype))
+            for expected, (name, tensor) in zip(names, coming):  # noqa: B905  (the next shard takes the rest)
+                assert name == expected, f"{name} came instead of {expected}"
+                assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shapes[name]), f"{name}: {tensor.shape}"
+                opened.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(map(math.prod, shapes.values())) * dtype.itemsize
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
-    for name, tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if size + nbytes > SHARD_BYTES:
-            flush()
+
+def _cut_into_shards(shapes: Mapping[str, tuple[int, ...]], itemsize: int) -> list[list[str]]:
+    """Names of each file of at most SHARD_BYTES; a tensor that is larger has a file of its own."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        nbytes = math.prod(shape) * itemsize
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
             size = 0
-        batch[name] = tensor
+        shards[-1].append(name)
         size += nbytes
-        total += nbytes
-    flush()
-    if len(shards) == 1:
-        shards[0].rename(folder / SINGLE)
-        return
-    names = {shard: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i, shard in enumerate(shards, start=1)}
-    for shard, name in names.items():
-        shard.rename(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[shard] for name, shard in where.items()}}
-    write_json(folder / INDEX, index)
+    return shards
 
 
-def _umask() -> int:
-    """Permissions that new files do not get."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """The beginning of a file: length, then JSON, filled up to a multiple of eight bytes."""
+    kind = next(kind for kind, known in _FLOATS.items() if known == dtype)
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _weight_files(folder: Path) -> list[Path]:

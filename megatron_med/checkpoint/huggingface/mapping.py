@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -41,6 +42,8 @@ NEW_ROW_NOISE = 0.01
 
 _COLUMNS = 256
 """Columns whose mean and deviation are computed at once: fp32 copies of them are held."""
+
+_COPYING = threading.Lock()
 
 IGNORED = {
     "llama": re.compile(r".*\.rotary_emb\.inv_freq"),
@@ -108,8 +111,16 @@ class TensorMap:
     vocab_size: int
 
     def to_canonical(self, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
-        """Reads Hugging Face tensors, one after the other, and makes the canonical one."""
-        canonical = torch.zeros(self.layout.global_shape, dtype=dtype)
+        """Reads Hugging Face tensors, one after the other, and makes the canonical one. Threads may call it together:
+        one of them at a time holds a tensor and its copy."""
+        (first, *others), shape = self.hf_names, self.layout.global_shape
+        if not others and not self.entry.parts and not self.entry.transposed and not self.entry.vocabulary:
+            return read(first).view(shape).to(dtype)
+        with _COPYING:
+            return self._copy(read, dtype)
+
+    def _copy(self, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+        canonical = torch.empty(self.layout.global_shape, dtype=dtype)
         rows = canonical.flatten(0, -2) if canonical.dim() > 2 else canonical
         order = self._order() if self.entry.parts else None
         end = 0
@@ -121,7 +132,9 @@ class TensorMap:
             else:
                 rows.index_copy_(0, order[begin:end], piece.to(dtype))
         if self.entry.vocabulary:
-            rows[end : self.vocab_size] = new_rows(rows[:end], self.vocab_size - end, self.entry.name)
+            if end < self.vocab_size:
+                rows[end : self.vocab_size] = new_rows(rows[:end], self.vocab_size - end, self.entry.name)
+            rows[self.vocab_size :] = 0
         return canonical
 
     def hf_shapes(self, vocab_size: int) -> dict[str, tuple[int, ...]]:
