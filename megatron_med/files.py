@@ -44,6 +44,17 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove(partial)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets errors of the system that name no file, such as a full disk, name ``path``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def _put_in_place(partial: Path, path: Path) -> None:
     """A folder that stands there steps aside first: no system call replaces a folder that holds something."""
     if path.is_symlink() or not path.is_dir():

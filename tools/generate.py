@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from datetime import timedelta
 
 import torch
@@ -13,6 +12,7 @@ from megatron_med.config import ParallelConfig
 from megatron_med.errors import CheckpointError, ConfigError, run_command
 from megatron_med.generate.generator import Generator
 from megatron_med.generate.sampling import Sampling
+from megatron_med.launch.environment import read_ranks
 from megatron_med.launch.process_group import start_process_group
 from megatron_med.model.build import DTYPES
 from megatron_med.parallel.context import ParallelContext, create_context, single_process_context
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def _context(tensor: int, pipeline: int) -> ParallelContext:
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _, world_size = read_ranks()
     if world_size != tensor * pipeline:
         raise ConfigError(
             f"The world size is {world_size}: --tensor x --pipeline = {tensor} x {pipeline} ranks are needed. "
@@ -76,6 +76,10 @@ def _generate(arguments: argparse.Namespace, context: ParallelContext) -> None:
 def _encode(arguments: argparse.Namespace, generator: Generator) -> list[int]:
     if generator.tokenizer is None:
         raise CheckpointError(f"{arguments.checkpoint} holds no tokenizer: give --prompt-ids instead of --prompt.")
+    try:
+        arguments.prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"--prompt is not UTF-8 text (byte {error.start}): write it in UTF-8.") from error
     ids = generator.tokenizer.encode(arguments.prompt)
     if arguments.add_bos and generator.tokenizer.bos_id is not None:
         ids = [generator.tokenizer.bos_id, *ids]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, field
 from itertools import chain, count
@@ -23,6 +24,7 @@ STATE = "state.json"
 TOKENIZER = "tokenizer"
 CHECKPOINTS = "checkpoints"
 _PREFIX = "step-"
+_STEP_NAME = re.compile(r"step-\d+")
 _DAMAGED = ".damaged"
 _NEWER = ".newer"
 _REPLACED = ".replaced"
@@ -91,9 +93,14 @@ def write_state(folder: Path, state: CheckpointState) -> None:
 def read_state(folder: Path) -> CheckpointState:
     """Reads ``state.json``."""
     try:
-        return CheckpointState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        state = CheckpointState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+        for name in ("step", "consumed_samples", "optimizer_steps"):
+            count = getattr(state, name)
+            if not (isinstance(count, int) and count >= 0) and not (name == "optimizer_steps" and count is None):
+                raise ValueError(f"{name} is {count!r}")
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read ({error}). {_offer_previous(folder)}") from error
+    return state
 
 
 def commit(folder: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -208,9 +215,20 @@ def latest_folder(checkpoints: Path) -> Path | None:
 
 
 def named_by_latest(checkpoints: Path) -> Path | None:
-    """What ``latest`` names, whole or not; None where there is no ``latest``."""
+    """What ``latest`` names, whole or not; None where there is no ``latest``.
+
+    Raises:
+        CheckpointError: it holds something else than the name of a step.
+    """
     pointer = checkpoints / LATEST
-    return checkpoints / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+    if not pointer.is_file():
+        return None
+    name = pointer.read_bytes().decode("utf-8", errors="replace").strip()
+    if not _STEP_NAME.fullmatch(name):
+        steps = [step_folder(checkpoints, step).name for step in complete_steps(checkpoints)]
+        there = f"the newest there is {steps[-1]}" if steps else "there is none"
+        raise CheckpointError(f"{pointer} holds {name[:40]!r}, not the name of a step; {there}. Write that into it.")
+    return checkpoints / name
 
 
 def resolve_checkpoint(path: str | Path) -> Path:

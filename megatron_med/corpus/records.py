@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from megatron_med.data.compressed import open_input
+from megatron_med.data.compressed import LONGEST_LINE, TOO_LONG, bounded_lines, open_input
 from megatron_med.errors import DataError
 
 _NAMES = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", bool: "true or false"}
@@ -27,13 +27,17 @@ def read_records(path: Path, fault: Fault = fail) -> Iterator[tuple[str, dict[st
     """Every record of a JSONL file (plain, ``.gz`` or ``.zst``) with its place, ``file:line``.
 
     Raises:
-        DataError: the file is cut short; or, unless ``fault`` goes on, a line is not UTF-8, JSON, or an object.
+        DataError: the file is cut short; or, unless ``fault`` goes on, a line is too long, not UTF-8, not JSON, or no
+            object.
     """
     with open_input(path) as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, (line, length) in enumerate(bounded_lines(stream), start=1):
             if line.isspace():
                 continue
             place = f"{path}:{number}"
+            if length > LONGEST_LINE:
+                fault(DataError(f"{place}: {TOO_LONG}. Split the record or take it out."))
+                continue
             try:
                 record = orjson.loads(line)
             except orjson.JSONDecodeError as error:

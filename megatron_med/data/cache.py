@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,9 @@ def _write_if_possible(entry: Path, arrays: Arrays, ingredients: Mapping[str, An
 
 
 def _warn(folder: Path, error: OSError) -> None:
-    free = f", {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free" if folder.is_dir() else ""
+    free = ""
+    with suppress(OSError):
+        free = f", {shutil.disk_usage(folder).free / 1e6:,.1f} MB are free"
     _log.warning("The index cache %s cannot be written (%s%s); indices are kept in memory.", folder, error, free)
 
 

@@ -14,6 +14,11 @@ import zstandard
 
 from megatron_med.errors import DataError
 
+LONGEST_LINE = 1 << 24
+"""Bytes of a line that are read. Tokenizers need hundreds of times the memory of a text, and no article or book is
+longer; a file without line ends is not read whole."""
+TOO_LONG = f"longer than {LONGEST_LINE >> 20} MiB, as no document should be"
+
 _CHUNK = 1 << 18
 _LARGEST_WINDOW = 1 << 31  # what `zstd --long=31` writes
 
@@ -87,3 +92,22 @@ def _decompressed(path: Path, raw: BinaryIO) -> BinaryIO:
     if path.suffix == ".zst":
         return io.BufferedReader(_ZstandardReader(raw), _CHUNK)
     return raw
+
+
+def bounded_lines(stream: BinaryIO) -> Iterator[tuple[bytes, int]]:
+    """Every line with its end, and its length; of one longer than LONGEST_LINE only the beginning."""
+    while content := stream.readline(LONGEST_LINE + 1):
+        length = len(content)
+        if length > LONGEST_LINE and not content.endswith(b"\n"):
+            length += skip_line(stream)
+        yield content, length
+
+
+def skip_line(stream: BinaryIO) -> int:
+    """Moves to the end of the line, and returns the bytes up to there."""
+    skipped = 0
+    while chunk := stream.readline(_CHUNK):
+        skipped += len(chunk)
+        if chunk.endswith(b"\n"):
+            break
+    return skipped

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,7 +21,7 @@ from filelock import FileLock, Timeout
 
 from megatron_med.data.indexed import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, token_paths
 from megatron_med.errors import DataError, UserError
-from megatron_med.files import sync, write_json
+from megatron_med.files import naming, sync, write_json
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _CHUNK = 1 << 20
@@ -47,6 +48,7 @@ class IndexedDatasetWriter:
         self._ingredients = json.loads(json.dumps(ingredients))
         self._partial_bin = _beside(self._bin_path, ".bin.partial")
         self._partial_sizes = _beside(self._bin_path, ".sizes.partial")
+        self._partial_idx = _beside(self._bin_path, ".idx.partial")
         self._journal = _beside(self._bin_path, ".partial.json")
         self.documents = 0
         self.tokens = 0
@@ -92,8 +94,9 @@ class IndexedDatasetWriter:
             tokens: the ids of all of them.
             sizes: tokens of each.
         """
-        self._bin.write(tokens if isinstance(tokens, bytes) else tokens.data)
-        self._sizes.write(sizes.astype("<i4").tobytes())
+        with naming(self._bin_path):
+            self._bin.write(tokens if isinstance(tokens, bytes) else tokens.data)
+            self._sizes.write(sizes.astype("<i4").tobytes())
         self.documents += len(sizes)
         self.tokens += int(sizes.sum(dtype=np.int64))
 
@@ -106,8 +109,9 @@ class IndexedDatasetWriter:
 
     def save_position(self, position: Any) -> None:
         """Makes what is written so far safe, together with what the caller needs to go on after it."""
-        sync(self._bin)
-        sync(self._sizes)
+        with naming(self._bin_path):
+            sync(self._bin)
+            sync(self._sizes)
         journal = {
             "ingredients": self._ingredients,
             "documents": self.documents,
@@ -124,24 +128,32 @@ class IndexedDatasetWriter:
     ) -> None:
         try:
             if kind is None:
-                self._commit()
-            self._bin.close()
-            self._sizes.close()
-            if kind is None or isinstance(error, UserError) or self._ingredients is None:
-                self._remove()
+                with naming(self._bin_path):
+                    self._commit()
+        except BaseException as failure:
+            error = failure
+            raise
         finally:
+            self._close()
+            is_worth_going_on_from = self._ingredients is not None and self._journal.is_file()
+            if error is None or isinstance(error, UserError) or not is_worth_going_on_from:
+                self._remove()
             self._lock.release()
             Path(self._lock.lock_file).unlink(missing_ok=True)
 
+    def _close(self) -> None:
+        for file in (self._bin, self._sizes):
+            with suppress(OSError):  # the rest does not fit on the disk, which was told before
+                file.close()
+
     def _remove(self) -> None:
-        for path in (self._partial_bin, self._partial_sizes, self._journal):
+        for path in (self._partial_bin, self._partial_sizes, self._partial_idx, self._journal):
             path.unlink(missing_ok=True)
 
     def _commit(self) -> None:
         sync(self._bin)
         sync(self._sizes)
-        partial = _beside(self._bin_path, ".idx.partial")
-        with partial.open("wb") as file:
+        with self._partial_idx.open("wb") as file:
             file.write(MAGIC)
             file.write(HEADER.pack(VERSION, _CODES[self._dtype.type], self.documents, self.documents + 1))
             with self._partial_sizes.open("rb") as sizes:
@@ -153,7 +165,7 @@ class IndexedDatasetWriter:
                 file.write(np.arange(start, min(start + _CHUNK, self.documents + 1), dtype="<i8").tobytes())
             sync(file)
         os.replace(self._partial_bin, self._bin_path)
-        os.replace(partial, self._idx_path)
+        os.replace(self._partial_idx, self._idx_path)
 
     def _chunks(self) -> Iterator[tuple[npt.NDArray[np.int32], int]]:
         """Lengths, some at a time, with the byte offset at which they begin."""

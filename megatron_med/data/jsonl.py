@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from megatron_med.data.compressed import is_compressed, open_input
+from megatron_med.data.compressed import LONGEST_LINE, TOO_LONG, bounded_lines, is_compressed, open_input, skip_line
 from megatron_med.errors import ConfigError, DataError
 
 _SKIP = 1 << 22
@@ -20,11 +20,14 @@ class Line:
 
     Attributes:
         offset: bytes of the decompressed file in front of it.
+        content: the line with its end; of a line longer than LONGEST_LINE the beginning.
+        end: offset after the whole line.
     """
 
     file: Path
     offset: int
     content: bytes
+    end: int
 
     @property
     def place(self) -> str:
@@ -96,12 +99,12 @@ def read_lines(spans: Sequence[Path | Span]) -> Iterator[Line]:
         span = Span(item, 0, None) if isinstance(item, Path) else item
         with open_input(span.file) as stream:
             offset = _first_line(stream, span.start, seekable=not is_compressed(span.file))
-            for content in stream:
+            for content, length in bounded_lines(stream):
                 if span.stop is not None and offset >= span.stop:
                     break
                 if not content.isspace():
-                    yield Line(span.file, offset, content)
-                offset += len(content)
+                    yield Line(span.file, offset, content, offset + length)
+                offset += length
 
 
 def _first_line(stream: BinaryIO, start: int, seekable: bool) -> int:
@@ -110,11 +113,11 @@ def _first_line(stream: BinaryIO, start: int, seekable: bool) -> int:
         return 0
     if seekable:
         stream.seek(start - 1)
-        return start - 1 + len(stream.readline())
+        return start - 1 + skip_line(stream)
     left = start - 1
     while left and (chunk := stream.read(min(left, _SKIP))):
         left -= len(chunk)
-    return start - 1 + len(stream.readline())
+    return start - 1 + skip_line(stream)
 
 
 class BadLine(ValueError):
@@ -125,14 +128,18 @@ def text_of(line: Line, key: str) -> str:
     """The text of a record.
 
     Raises:
-        BadLine: not UTF-8, not JSON, no such key, not a string, or empty.
+        BadLine: too long, not UTF-8, not JSON, no such key, not a string, or empty.
     """
+    if line.end - line.offset > LONGEST_LINE:
+        raise BadLine(TOO_LONG)
     try:
         record = json.loads(line.content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadLine(f"invalid UTF-8 at byte {error.start} of the line") from error
     except json.JSONDecodeError as error:
         raise BadLine(f"broken JSON at column {error.colno} ({error.msg})") from error
+    except ValueError as error:  # int() takes 4,300 digits
+        raise BadLine("a number of thousands of digits") from error
     except RecursionError as error:
         raise BadLine("JSON that is nested too deeply") from error
     if not isinstance(record, dict) or key not in record:

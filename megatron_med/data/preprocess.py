@@ -245,10 +245,10 @@ def _tasks(spans: list[Span], first: int, offset: int) -> Iterator[_Task]:
             lines.append(line)
             size += len(line.content)
             if size >= _BYTES_PER_TASK:
-                yield _Task(lines, number, line.offset + len(line.content))
+                yield _Task(lines, number, line.end)
                 lines, size = [], 0
         if lines:
-            yield _Task(lines, number, lines[-1].offset + len(lines[-1].content))
+            yield _Task(lines, number, lines[-1].end)
 
 
 def _encode_all(worker: _Worker, workers: int, tasks: Iterator[_Task]) -> Iterator[_Encoded]:

@@ -23,6 +23,9 @@ from megatron_med.parallel.pipeline_parallel.p2p import PipelineLink
 from megatron_med.parallel.random import generator_of
 from megatron_med.tokenizer import Tokenizer, load_tokenizer
 
+_NOT_FINITE = -1
+"""Instead of an id, to all stages."""
+
 
 class Generator:
     """A model loaded for generation.
@@ -44,6 +47,7 @@ class Generator:
         assert not context.sequence_parallel, "single tokens cannot be cut along the sequence"
         step = resolve_checkpoint(checkpoint)
         verify_checkpoint(step, context)
+        self._step = step
         self.config = model_from_dict(read_state(step).model)
         faults = cut_faults(self.config, ParallelConfig(tensor=context.tp.size, pipeline=context.pp.size))
         if faults:
@@ -62,7 +66,7 @@ class Generator:
         """New ids one by one, equal on every rank.
 
         Raises:
-            CheckpointError: prompt and new tokens do not fit into the model's context.
+            CheckpointError: prompt and new tokens do not fit into the model's context, or its weights are broken.
         """
         limit = self.config.max_position_embeddings
         if not prompt or len(prompt) + max_new_tokens > limit:
@@ -84,6 +88,11 @@ class Generator:
             position += tokens.shape[1]
             tokens = self._choose(logits, sampling, generator)
             token = int(tokens.item())
+            if token == _NOT_FINITE:
+                raise CheckpointError(
+                    f"{self._step} gives logits that are not finite: its weights hold NaN or infinity, or the numbers "
+                    "overflow in this precision. Choose another checkpoint, or --precision fp32."
+                )
             yield token
             if token == stop_id:
                 return
@@ -104,8 +113,10 @@ class Generator:
         return None
 
     def _choose(self, logits: Tensor | None, sampling: Sampling, generator: torch.Generator) -> Tensor:
-        """The last stage chooses; all stages hear of it. ``[batch, 1]``."""
+        """The last stage chooses; all stages hear of it. ``[batch, 1]``; _NOT_FINITE where nothing can be chosen."""
         chosen = torch.zeros(1, 1, dtype=torch.int64, device=self._context.device)
-        if logits is not None:
+        if logits is not None and not logits[-1].isfinite().all():
+            chosen.fill_(_NOT_FINITE)
+        elif logits is not None:
             chosen = next_token(logits[-1], sampling, generator).unsqueeze(-1)
         return broadcast(chosen, self._context.pp, self._context.pp.size - 1)

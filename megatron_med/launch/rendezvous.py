@@ -12,6 +12,8 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from megatron_med.launch.environment import read_master, read_ranks
+
 _LOOK_AGAIN = timedelta(seconds=0.5)
 _ATTEMPT = timedelta(seconds=3)
 
@@ -32,11 +34,12 @@ def meet(timeout: timedelta, is_stopped: Callable[[], bool]) -> tuple[dist.Store
 
     Raises:
         RuntimeError: names the ranks that did not come in time.
+        ConfigError: the environment tells of no rank.
         StoppedError: ``is_stopped``.
     """
+    rank, world_size = read_ranks()
     if "RANK" not in os.environ:
         return dist.HashStore(), 0, 1
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = _open_store(rank, world_size, timeout, is_stopped)
     start = agree_on_start(store, rank, world_size, timeout, is_stopped)
     return dist.PrefixStore(start, store), rank, world_size
@@ -47,7 +50,7 @@ def _open_store(rank: int, world_size: int, timeout: timedelta, is_stopped: Call
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, _, _ = next(rendezvous("env://", timeout=timeout))
         return store
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = read_master()
     if rank == 0:
         return dist.TCPStore(host, port, world_size, is_master=True, timeout=timeout, wait_for_workers=False)
     deadline = time.monotonic() + timeout.total_seconds()

@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from megatron_med.errors import ConfigError
-from megatron_med.files import write_json
+from megatron_med.files import write_json, write_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _BYTES = 256
@@ -44,7 +44,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> 
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
     """Writes ``tokenizer.json`` and the ``tokenizer_config.json`` that Hugging Face reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": END_OF_DOCUMENT,

@@ -15,6 +15,7 @@ from megatron_med.config import Config, load_config
 from megatron_med.config.load import INFORMATION_FLAGS, peek_output_dir
 from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError, describe_os_error
 from megatron_med.kernels.backend import describe
+from megatron_med.launch.environment import read_ranks
 from megatron_med.train.run_folder import RunFolder, write_launch_record
 from megatron_med.train.signals import StopRequest
 
@@ -27,7 +28,12 @@ _RANK_0_PATIENCE = timedelta(seconds=5)
 
 def main(arguments: list[str]) -> int:
     """Runs one rank and returns its exit code."""
-    rank = int(os.environ.get("RANK", "0"))
+    try:
+        rank, world_size = read_ranks()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        write_launch_record(EXIT_BAD_INPUT, str(error))
+        return EXIT_BAD_INPUT
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(message)s")
     if "--dry-run" in arguments:
         return _dry_run(arguments)
@@ -36,7 +42,7 @@ def main(arguments: list[str]) -> int:
     if rank != 0 and any(argument.startswith(INFORMATION_FLAGS) for argument in arguments):
         return EXIT_DONE  # rank 0 prints it
     try:
-        config = load_config(arguments, int(os.environ.get("WORLD_SIZE", "1")))
+        config = load_config(arguments, world_size)
     except UserError as error:
         return _refuse(error, rank, peek_output_dir(arguments), stop)
     except SystemExit:

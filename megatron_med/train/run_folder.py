@@ -170,10 +170,10 @@ class RunFolder:
         if not self.metrics.is_file():
             return
         kept = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics.read_bytes().split(b"\n"):
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line)
+                    kept.append(line.decode())
             except (ValueError, KeyError, TypeError):
                 continue  # a line that a crash cut in half
         write_text(self.metrics, "".join(f"{line}\n" for line in kept))
