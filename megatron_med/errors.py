@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -46,6 +47,9 @@ EXIT_SAVED_AFTER_SIGNAL = 75
 
 def run_command(main: Callable[[], None]) -> NoReturn:
     """Runs a command-line tool: a user's fault is one line each on standard error and exit code 2, no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what the locale has no character for is told all the same
     try:
         main()
         sys.stdout.flush()

@@ -37,8 +37,9 @@ def replacing(path: Path) -> Iterator[Path]:
             sync_path(partial)
         _put_in_place(partial, path)
     except OSError as error:
-        if error.errno is not None and error.filename in (None, str(partial)):
-            error.filename = str(path)
+        if error.errno is not None:
+            named = error.filename2 or error.filename or partial  # of a copy: where it was to go
+            error.filename, error.filename2 = str(named).replace(str(partial), str(path)), None
         raise
     finally:
         _remove(partial)
@@ -82,16 +83,35 @@ def write_json(path: Path, content: Any, indent: int | None = 2, ensure_ascii: b
 
 
 class _Pieces(io.FileIO):
-    """A file that takes at most PIECE bytes in one call."""
+    """A file that takes at most PIECE bytes in one call, and remembers why it could not take some."""
+
+    fault: OSError | None = None
 
     def write(self, data: Any) -> int:
-        return super().write(memoryview(data)[:PIECE])
+        try:
+            return super().write(memoryview(data)[:PIECE])
+        except OSError as error:
+            self.fault = error
+            raise
 
 
-def open_large(path: Path) -> BinaryIO:
+@contextmanager
+def open_large(path: Path) -> Iterator[BinaryIO]:
     """Opens a new file for many bytes. One call for a whole tensor makes the kernel look for huge pages for its cache,
-    which takes longer than the writing."""
-    return io.BufferedWriter(_Pieces(path, "wb"), PIECE)
+    which takes longer than the writing.
+
+    Raises:
+        OSError: names ``path``; also where a library that wrote into it has made an error of its own of it.
+    """
+    raw = _Pieces(path, "wb")
+    try:
+        with naming(path), io.BufferedWriter(raw, PIECE) as stream:
+            yield stream
+    except Exception as error:
+        if raw.fault is None or raw.fault is error:
+            raise
+        raw.fault.filename = str(path)
+        raise raw.fault from error
 
 
 def sha256(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from datetime import timedelta
 
 import torch
@@ -77,10 +78,10 @@ def _encode(arguments: argparse.Namespace, generator: Generator) -> list[int]:
     if generator.tokenizer is None:
         raise CheckpointError(f"{arguments.checkpoint} holds no tokenizer: give --prompt-ids instead of --prompt.")
     try:
-        arguments.prompt.encode("utf-8")
-    except UnicodeEncodeError as error:
+        prompt = os.fsencode(arguments.prompt).decode("utf-8")  # whatever the locale has made of it
+    except UnicodeDecodeError as error:
         raise ConfigError(f"--prompt is not UTF-8 text (byte {error.start}): write it in UTF-8.") from error
-    ids = generator.tokenizer.encode(arguments.prompt)
+    ids = generator.tokenizer.encode(prompt)
     if arguments.add_bos and generator.tokenizer.bos_id is not None:
         ids = [generator.tokenizer.bos_id, *ids]
     return ids

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.folder import CheckpointState
-from megatron_med.checkpoint.storage import Writer
+from megatron_med.checkpoint.storage import Writer, first_cause
 from megatron_med.checkpoint.views import state_shards, state_views
 from megatron_med.errors import CheckpointError
 from megatron_med.optim.optimizer import Optimizer
@@ -152,7 +152,8 @@ def _write(
         dcp.save(entries, storage_writer=Writer(partial), process_group=world.group)
         failure = None
     except (CheckpointException, OSError, RuntimeError) as error:
-        failure = _first_cause(error)
+        cause = first_cause(error)
+        failure = str(cause) if isinstance(cause, OSError) else str(cause).splitlines()[0]
     if failure is None and world.is_first:
         failure = _attempt(lambda: _write_companions(partial, state, tokenizer))
     _raise_together(failure, target, world)
@@ -207,15 +208,3 @@ def _raise_together(failure: str | None, target: Path, world: Axis) -> None:
         f"The checkpoint {target} could not be written: {failures[0]} ({free / 1e6:,.0f} MB are free there). "
         f"Make room and start again. {stays}"
     )
-
-
-def _first_cause(error: BaseException) -> str:
-    """The system's own words where there are any: DCP wraps them, and its writer hides them behind its own."""
-    if isinstance(error, CheckpointException):
-        error = next((wrapped[0] for wrapped in error.failures.values()), error)
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return str(cause)
-        cause = cause.__cause__ or cause.__context__
-    return str(error).splitlines()[0]

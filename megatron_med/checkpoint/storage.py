@@ -9,22 +9,23 @@ import os
 import pickle
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from enum import Enum
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
-from megatron_med.errors import CheckpointError
+from megatron_med.errors import CheckpointError, UserError
 from megatron_med.files import open_large
-
-_WRITERS = 2
 
 _ALLOWED_MODULES = (
     "torch.distributed.checkpoint.metadata",
@@ -121,14 +122,29 @@ class Writer(dcp.FileSystemWriter):
 
 
 class _StreamingPlanner(DefaultSavePlanner):
-    """Asks for each tensor when it is about to be written; nothing else holds it."""
+    """Makes each tensor while the one before it is written; nothing else holds them.
 
-    def __init__(self, make: Mapping[str, Callable[[], Tensor]]) -> None:
+    Args:
+        make: gives a tensor; in the order in which they are written.
+        pool: of one thread, which makes them.
+    """
+
+    def __init__(self, make: Mapping[str, Callable[[], Tensor]], pool: Executor) -> None:
         super().__init__()
         self._make = make
+        self._pool = pool
+        self._following = dict(pairwise(make))
+        self._coming: dict[str, Future[Tensor]] = {}
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        return self._make[index.fqn]()
+        tensor = (self._coming.pop(index.fqn, None) or self._begin(index.fqn)).result()
+        following = self._following.get(index.fqn)
+        if following is not None:
+            self._coming[following] = self._begin(following)
+        return tensor
+
+    def _begin(self, name: str) -> Future[Tensor]:
+        return self._pool.submit(self._make[name])
 
 
 def write_streaming(
@@ -140,12 +156,31 @@ def write_streaming(
     Args:
         folder: target.
         specs: global shape and type of each tensor.
-        make: gives a tensor when it is its turn; two threads ask.
+        make: gives a tensor when it is its turn, in another thread.
+
+    Raises:
+        UserError: of ``make``.
+        OSError: the disk is full.
     """
     placeholders = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
-    writer = Writer(folder, single_file_per_rank=False, thread_count=_WRITERS)
-    with _without_single_process_warning():
-        dcp.save(placeholders, storage_writer=writer, planner=_StreamingPlanner(make), no_dist=True)
+    writer = Writer(folder, single_file_per_rank=False)
+    with _without_single_process_warning(), ThreadPoolExecutor(1) as pool:
+        try:
+            dcp.save(placeholders, storage_writer=writer, planner=_StreamingPlanner(make, pool), no_dist=True)
+        except CheckpointException as error:
+            raise first_cause(error) from error
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The system's or our own error behind one of DCP, which wraps them, and whose writer hides them behind its own."""
+    if isinstance(error, CheckpointException):
+        error = next((wrapped[0] for wrapped in error.failures.values()), error)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (OSError, UserError)):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def load_entries(entries: dict[str, Tensor], reader: Reader, *, no_dist: bool) -> None:

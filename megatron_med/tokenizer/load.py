@@ -357,3 +357,5 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _need_file(file: Path) -> None:
     if not file.is_file():
         raise DataError(f"There is no tokenizer file {file}. Check the path.")
+    with file.open("rb"):  # the libraries tell a file without permission as one of another kind
+        pass

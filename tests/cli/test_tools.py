@@ -64,6 +64,8 @@ def test_megatron_tokens_come_from_its_own_vocabulary(shared: Path, tmp_path: Pa
         (b'{"text": ""}', ":2: empty document"),
         (b'{"body": "x"}', ":2: no key 'text'"),
         (b'{"text": 5}', ":2: 'text' is int, not text"),
+        (b'{"text": "x", "id": ' + b"7" * 6000 + b"}", ":2: a number of thousands of digits"),
+        (b'{"text": "' + b"a b " * 5_000_000 + b'"}', ":2: longer than 16 MiB, as no document should be"),
     ],
 )
 def test_bad_lines_are_named_or_counted(tmp_path: Path, sample_tokenizer: Path, line: bytes, message: str) -> None:

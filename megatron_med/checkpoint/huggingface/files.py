@@ -113,7 +113,7 @@ def _read_header(file: Path) -> dict[str, _Stored]:
     """What a file says of its tensors: eight bytes that hold the length, then JSON. The library checks that it is
     true of the file (https://huggingface.co/docs/safetensors)."""
     try:
-        with safe_open(file, framework="numpy"), file.open("rb") as opened:
+        with file.open("rb") as opened, safe_open(file, framework="numpy"):
             length = int.from_bytes(opened.read(8), "little")
             header: dict[str, Any] = json.loads(opened.read(length))
     except OSError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -42,8 +41,6 @@ NEW_ROW_NOISE = 0.01
 
 _COLUMNS = 256
 """Columns whose mean and deviation are computed at once: fp32 copies of them are held."""
-
-_COPYING = threading.Lock()
 
 IGNORED = {
     "llama": re.compile(r".*\.rotary_emb\.inv_freq"),
@@ -111,15 +108,7 @@ class TensorMap:
     vocab_size: int
 
     def to_canonical(self, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
-        """Reads Hugging Face tensors, one after the other, and makes the canonical one. Threads may call it together:
-        one of them at a time holds a tensor and its copy."""
-        (first, *others), shape = self.hf_names, self.layout.global_shape
-        if not others and not self.entry.parts and not self.entry.transposed and not self.entry.vocabulary:
-            return read(first).view(shape).to(dtype)
-        with _COPYING:
-            return self._copy(read, dtype)
-
-    def _copy(self, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
+        """Reads Hugging Face tensors, one after the other, and makes the canonical one."""
         canonical = torch.empty(self.layout.global_shape, dtype=dtype)
         rows = canonical.flatten(0, -2) if canonical.dim() > 2 else canonical
         order = self._order() if self.entry.parts else None
