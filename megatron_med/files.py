@@ -19,7 +19,7 @@ RUN_IDENTITY = "run.json"
 """Stands in the folder of a run from its first start on."""
 
 PIECE = 2**20
-_HASHED_AT_ONCE = 4
+_AT_ONCE = 4
 
 
 @contextmanager
@@ -120,10 +120,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_of_all(paths: Sequence[Path]) -> list[str]:
-    """Checksums of several files, some at a time."""
-    with ThreadPoolExecutor(min(_HASHED_AT_ONCE, os.cpu_count() or 1)) as pool:
-        return list(pool.map(sha256, paths))
+def sha256_of_all(paths: Sequence[Path], sync: bool = False) -> list[str]:
+    """Checksums of several files, some at a time; ``sync`` waits until the disk has them, while others are hashed."""
+
+    def checked(path: Path) -> str:
+        if sync:
+            sync_path(path)
+        return sha256(path)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(checked, paths))
 
 
 def sync_path(path: Path) -> None:

@@ -124,9 +124,9 @@ def commit(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of each named file."""
+    """Size and sha256 of each named file, which are on the disk then."""
     paths = [folder / name for name in names]
-    checksums = sha256_of_all(paths)
+    checksums = sha256_of_all(paths, sync=True)
     return {
         name: {"bytes": path.stat().st_size, "sha256": checksum}
         for name, path, checksum in zip(names, paths, checksums, strict=True)

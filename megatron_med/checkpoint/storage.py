@@ -151,7 +151,7 @@ def write_streaming(
     folder: Path, specs: Mapping[str, tuple[tuple[int, ...], torch.dtype]], make: Mapping[str, Callable[[], Tensor]]
 ) -> None:
     """Writes tensors one by one, each into a file of its own (DCP holds all tensors of a file until it is written),
-    without a process group.
+    without a process group. The caller waits until the disk has them, as ``folder.commit`` does.
 
     Args:
         folder: target.
@@ -163,7 +163,7 @@ def write_streaming(
         OSError: the disk is full.
     """
     placeholders = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
-    writer = Writer(folder, single_file_per_rank=False)
+    writer = Writer(folder, single_file_per_rank=False, sync_files=False)
     with _without_single_process_warning(), ThreadPoolExecutor(1) as pool:
         try:
             dcp.save(placeholders, storage_writer=writer, planner=_StreamingPlanner(make, pool), no_dist=True)

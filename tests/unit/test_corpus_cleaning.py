@@ -234,3 +234,15 @@ def test_fields_are_named_with_their_line() -> None:
     ):
         with pytest.raises(DataError, match=re.escape(message)):
             text_field(record, name, "f:3")
+
+
+def test_a_record_of_millions_of_letters_is_told_or_counted(tmp_path: Path) -> None:
+    """It is not read whole: a file without line ends may be larger than the memory."""
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "' + b"x " * (1 << 23) + b'"}\n{"text": "three"}\n')
+    with pytest.raises(DataError, match=r"records.jsonl:2: longer than 16 MiB.*Split the record"):
+        list(read_records(path))
+    faults: list[DataError] = []
+    kept = list(read_records(path, faults.append))
+    assert [place.rsplit(":", 1)[1] for place, _ in kept] == ["1", "3"]
+    assert len(faults) == 1

@@ -1,10 +1,10 @@
 """Import and export of a model against transformers' load and save of the same folder: seconds in turns, and memory.
 
-    python tools/benchmark/conversion.py --folder /scratch/conversion --repeat 3
+    python tools/benchmark/conversion.py --scratch /scratch --repeat 3
 
 The model has the shape of TinyLlama 1.1B, in bf16, with random weights. Every turn is a process of its own, timed from
 its start to its end, after a sync; the order turns round, since new files cost more or less by what was freed before.
-Memory is the growth of anonymous memory over the level after the imports. The folder needs five times the model's size.
+Memory is the growth of anonymous memory over the level after the imports. It takes five times the model's size.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ before, most, done = anonymous(), [0], threading.Event()
 def watch():
     while not done.wait(0.01):
         most[0] = max(most[0], anonymous())
-watching = threading.Thread(target=watch)
+watching = threading.Thread(target=watch, daemon=True)
 watching.start()
 {call}
 done.set()
@@ -72,10 +72,10 @@ print(most[0] - before)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "megatron_med-conversion")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="gets a folder of its own")
     parser.add_argument("--repeat", type=int, default=3)
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
+    arguments.folder = Path(tempfile.mkdtemp(prefix="conversion-", dir=arguments.scratch))
     _run(_MAKE.format(folder=arguments.folder, layers=arguments.layers))
     seconds: dict[str, list[float]] = {name: [] for name in _TURNS}
     memory = dict.fromkeys(_TURNS, 0.0)

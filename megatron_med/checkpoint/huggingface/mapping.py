@@ -109,6 +109,8 @@ class TensorMap:
 
     def to_canonical(self, read: Callable[[str], Tensor], dtype: torch.dtype) -> Tensor:
         """Reads Hugging Face tensors, one after the other, and makes the canonical one."""
+        if not (self.hf_names[1:] or self.entry.parts or self.entry.transposed or self.entry.vocabulary):
+            return read(self.hf_names[0]).view(self.layout.global_shape).to(dtype)
         canonical = torch.empty(self.layout.global_shape, dtype=dtype)
         rows = canonical.flatten(0, -2) if canonical.dim() > 2 else canonical
         order = self._order() if self.entry.parts else None
