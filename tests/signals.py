@@ -6,7 +6,8 @@ import signal
 
 
 def let_children_be_interrupted() -> None:
-    """A shell ignores SIGINT in what it starts in the background, and so would everything that the tests start, for a
-    shell cannot trap what it has inherited as ignored. A handler that does nothing is not handed down."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        signal.signal(signal.SIGINT, lambda _number, _frame: None)
+    """A shell ignores SIGINT in what it starts in the background, nohup ignores SIGHUP, and so would everything that
+    the tests start, for what was inherited as ignored stays so. A handler that does nothing is not handed down."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: None)

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.folder import CheckpointState
-from megatron_med.checkpoint.storage import Writer, first_cause
+from megatron_med.checkpoint.storage import first_cause, make_writer
 from megatron_med.checkpoint.views import state_shards, state_views
 from megatron_med.errors import CheckpointError
 from megatron_med.optim.optimizer import Optimizer
@@ -149,7 +149,7 @@ def _write(
     failure = _attempt(lambda: folders.begin(target)) if world.is_first else None
     _raise_together(failure, target, world)
     try:
-        dcp.save(entries, storage_writer=Writer(partial), process_group=world.group)
+        dcp.save(entries, storage_writer=make_writer(partial), process_group=world.group)
         failure = None
     except (CheckpointException, OSError, RuntimeError) as error:
         cause = first_cause(error)

@@ -113,12 +113,11 @@ class _LargeFiles(FileSystem):
             yield cast(io.IOBase, stream)
 
 
-class Writer(dcp.FileSystemWriter):
+def make_writer(folder: Path, **options: Any) -> dcp.FileSystemWriter:
     """A FileSystemWriter that writes large tensors in pieces; see ``open_large``."""
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        super().__init__(folder, **options)
-        self.fs = _LargeFiles()
+    writer = dcp.FileSystemWriter(folder, **options)
+    writer.fs = _LargeFiles()
+    return writer
 
 
 class _StreamingPlanner(DefaultSavePlanner):
@@ -163,7 +162,7 @@ def write_streaming(
         OSError: the disk is full.
     """
     placeholders = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
-    writer = Writer(folder, single_file_per_rank=False, sync_files=False)
+    writer = make_writer(folder, single_file_per_rank=False, sync_files=False)
     with _without_single_process_warning(), ThreadPoolExecutor(1) as pool:
         try:
             dcp.save(placeholders, storage_writer=writer, planner=_StreamingPlanner(make, pool), no_dist=True)

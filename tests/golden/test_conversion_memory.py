@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from megatron_med.checkpoint.huggingface.files import open_tensors
@@ -68,4 +68,7 @@ def test_memory_stays_at_three_tensors_and_a_shard(folder: Path, tmp_path: Path)
     before, after = open_tensors(folder), open_tensors(back)
     assert before.names() == after.names()
     assert all(torch.equal(before.read(name), after.read(name)) for name in before.names())
+    shard = sorted(back.glob("model-*.safetensors"))[1]
+    save_file(load_file(shard), tmp_path / "theirs.safetensors", metadata={"format": "pt"})
+    assert shard.read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
     assert len(json.loads((back / "model.safetensors.index.json").read_text())["weight_map"]) == len(before.names())

@@ -143,11 +143,13 @@ def write_tensors(
     files = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
     coming = iter(tensors)
     for file, names in zip(files, shards, strict=True):
+        header, places = _layout({name: shapes[name] for name in names}, dtype)
         with open_large(folder / file) as opened:
-            opened.write(_header({name: shapes[name] for name in names}, dtype))
+            opened.write(header)
             for expected, (name, tensor) in zip(names, coming):  # noqa: B905  (the next shard takes the rest)
                 assert name == expected, f"{name} came instead of {expected}"
                 assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shapes[name]), f"{name}: {tensor.shape}"
+                opened.seek(places[name])
                 opened.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -173,17 +175,19 @@ def _shard_name(index: int, count: int) -> str:
     return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """The beginning of a file: length, then JSON, filled up to a multiple of eight bytes."""
+def _layout(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file (its length, then JSON, filled up to a multiple of eight bytes) and where each tensor
+    goes: by name, as the library has it."""
     kind = next(kind for kind, known in _FLOATS.items() if known == dtype)
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    for name in sorted(shapes):
+        begin, end = end, end + math.prod(shapes[name]) * dtype.itemsize
+        entries[name] = {"dtype": kind, "shape": list(shapes[name]), "data_offsets": [begin, end]}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + entries[name]["data_offsets"][0] for name in shapes}
 
 
 def _weight_files(folder: Path) -> list[Path]:
