@@ -35,7 +35,8 @@ class StopRequest:
             signal.signal(signal.SIGHUP, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        is_first, self.signal_name = not self.signal_name, signal.Signals(number).name
+        is_first = not self.signal_name
+        self.signal_name = self.signal_name or signal.Signals(number).name
         if number == signal.SIGHUP:
             self._leave_terminals()
         is_alone = self._launcher is None and number == signal.SIGINT
