@@ -11,6 +11,7 @@ from megatron_med.data.indexed_writer import IndexedDatasetWriter
 from megatron_med.data.sources import read_side_file, recorded_tokenizer, side_file, write_side_file
 from megatron_med.errors import DataError
 from megatron_med.outputs import refuse_existing
+from megatron_med.tokenizer import describe_difference
 
 
 def merge_datasets(prefixes: Sequence[Path], output: Path, overwrite: bool = False) -> tuple[int, int]:
@@ -29,7 +30,7 @@ def merge_datasets(prefixes: Sequence[Path], output: Path, overwrite: bool = Fal
         if data.dtype != datasets[0].dtype:
             raise DataError(f"{data.prefix} stores {data.dtype}, {prefixes[0]} {datasets[0].dtype}: tokenize alike.")
         if (side is None) != (first is None) or (
-            side is not None and first is not None and side["tokenizer"]["files"] != first["tokenizer"]["files"]
+            side is not None and first is not None and describe_difference(first["tokenizer"], side["tokenizer"])
         ):
             raise DataError(f"{data.prefix} was not made with the tokenizer of {prefixes[0]}: tokenize alike.")
         options = [(part or {}).get(name) for part in (first, side) for name in ("append_eod", "markup")]

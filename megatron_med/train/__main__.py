@@ -145,10 +145,11 @@ def _end_by_user_fault(
         _refuse(error, rank, None, stop, folder)
         if report is not None:
             report.mark_recorded()
-    elif report is None or not report.await_record(_RANK_0_PATIENCE):
-        write_launch_record(EXIT_BAD_INPUT, str(error))
-        for fault in error.faults:
-            print(f"error: rank {rank}: {fault}", file=sys.stderr)
+    else:
+        write_launch_record(EXIT_BAD_INPUT, str(error))  # for the launch script of another host
+        if report is None or not report.await_record(_RANK_0_PATIENCE):
+            for fault in error.faults:
+                print(f"error: rank {rank}: {fault}", file=sys.stderr)
     _leave(EXIT_BAD_INPUT)
 
 

@@ -25,6 +25,7 @@ from tests.cli.processes import (
     wait_for_step,
     write_dropout_config,
 )
+from tests.ranks import free_port
 
 
 @pytest.fixture
@@ -126,6 +127,23 @@ def test_a_refusal_reaches_the_launch_script_of_every_host(config: Path, tmp_pat
         os.kill(process.pid, signal.SIGTERM)
         assert process.wait(5) == 2
     assert json.loads(record.read_text())["code"] == 2
+
+
+def test_a_fault_of_the_data_reaches_the_launch_script_of_every_host(config: Path, tmp_path: Path) -> None:
+    """All ranks find it together, rank 0 tells it, and each host's script must know that starting again is no use."""
+    (tmp_path / "records").mkdir()
+    rank_0, rank_1 = (tmp_path / "records" / str(rank) for rank in (0, 1))
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [*TRAIN, str(config), "--model.vocab_size", "500"]
+    first, second = (
+        common | {"RANK": str(rank), "LOCAL_RANK": "0", "MEGATRON_MED_EXIT_FILE": str(path)}
+        for rank, path in ((0, rank_0), (1, rank_1))
+    )
+    with started_forked(command, first) as one, started_forked(command, second) as other:
+        assert [process.wait(60) for process in (one, other)] == [2, 2]
+        assert "set model.vocab_size: 512" in one.output()
+        assert "error: " not in other.output()
+    assert [json.loads(path.read_text())["code"] for path in (rank_0, rank_1)] == [2, 2]
 
 
 def _assert_saved(run: Path, expected: dict[str, object], why: str) -> None:
