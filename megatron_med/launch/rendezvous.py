@@ -94,7 +94,7 @@ def agree_on_start(
         except dist.DistNetworkError as error:
             raise RuntimeError("the launcher or rank 0 has ended before all ranks had come") from error
         except RuntimeError:  # not there yet, or left over from a start that is no more: look again
-            if is_stopped() or _is_called_off(store, start):
+            if is_stopped() or (start is not None and store.check([f"{start}/off/{own}"])):
                 raise StoppedError from None
     missing = [0] if start is None else _missing(store, start, world_size) or [0]
     raise RuntimeError(_describe(missing, world_size, timeout))
@@ -108,7 +108,9 @@ def _gather_answers(store: dist.Store, world_size: int, timeout: timedelta, is_s
     deadline = time.monotonic() + timeout.total_seconds()
     while not store.check(answers):
         if is_stopped():
-            store.set(f"{start}/off", "")
+            for answer in answers[1:]:  # by the name a rank has given itself: nothing may be left for a later start
+                if store.check([answer]):
+                    store.set(f"{start}/off/{store.get(answer).decode()}", "")
             time.sleep(2 * _LOOK_AGAIN.total_seconds())  # the store may go with this process: let the others see it
             raise StoppedError
         if time.monotonic() > deadline:
@@ -118,11 +120,6 @@ def _gather_answers(store: dist.Store, world_size: int, timeout: timedelta, is_s
     for answer in answers[1:]:
         store.set(f"{start}/go/{store.get(answer).decode()}", "")
     return start
-
-
-def _is_called_off(store: dist.Store, start: str | None) -> bool:
-    """Whether rank 0 has been told to stop."""
-    return start is not None and store.check([f"{start}/off"])
 
 
 def _missing(store: dist.Store, start: str, world_size: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from unittest.mock import patch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_med.config import ParallelConfig
 from megatron_med.launch.preflight import preflight
-from megatron_med.launch.rendezvous import agree_on_start
+from megatron_med.launch.rendezvous import StoppedError, agree_on_start
 from megatron_med.parallel.context import create_context
 from tests.ranks import run_ranks
 
@@ -46,6 +47,20 @@ def test_a_restart_takes_nothing_from_the_start_before() -> None:
     assert _meet(store, range(1, 4), 4, 1.5)[2] == "ranks [0] of 4 did not start within 0:00:01.500000"
     heard = _meet(store, range(3), 4, 1.5)
     assert heard[0] == heard[1] == "ranks [3] of 4 did not start within 0:00:01.500000"
+
+
+def test_a_start_that_was_called_off_does_not_end_the_next_one() -> None:
+    """The name of the old start is still there when the ranks of the new one look for it."""
+    store = dist.HashStore()
+    timeout = timedelta(seconds=20)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(agree_on_start, store, 1, 3, timeout)
+        asked = time.monotonic() + 1
+        leaving = pool.submit(agree_on_start, store, 0, 3, timeout, lambda: time.monotonic() > asked)
+        assert all(isinstance(future.exception(), StoppedError) for future in (leaving, waiting))
+        later = pool.submit(agree_on_start, store, 1, 2, timeout)
+        time.sleep(1.2)
+        assert agree_on_start(store, 0, 2, timeout) == later.result()
 
 
 def _probe() -> bool:
