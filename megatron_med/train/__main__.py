@@ -124,13 +124,18 @@ def _end(
 
 
 def _leave_unstarted(rank: int, folder: RunFolder, stop: StopRequest) -> NoReturn:
-    """The end was asked for before all ranks had come: there is nothing to save."""
+    """The end was asked for before all ranks had come: there is nothing to save.
+
+    torchrun sends SIGTERM to the others, too, when a rank has died, which is no wish to stop: a launch script may start
+    again, unless it was signalled itself.
+    """
     from megatron_med.train.loop import stopped
 
     outcome = stopped("stopped before all ranks had come", stop.reason or "rank 0 was asked to")
+    retry = outcome.retry or (True if stop.signal_name == "SIGTERM" else None)
     if rank == 0:
         print(outcome.reason, flush=True)
-        _record(folder, outcome.code, outcome.reason, outcome.retry)
+        _record(folder, outcome.code, outcome.reason, retry)
     _leave(outcome.code)
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_med.train.signals import LAUNCHER_GONE, StopRequest
 from tests.cli.processes import (
     TRAIN,
     descendants,
+    python_path,
     read_metrics,
     started,
     started_forked,
@@ -25,6 +27,7 @@ from tests.cli.processes import (
     wait_for_step,
     write_dropout_config,
 )
+from tests.conftest import REPOSITORY
 from tests.ranks import free_port
 
 
@@ -67,6 +70,46 @@ def test_a_signal_before_all_ranks_have_come_ends_those_that_wait(config: Path, 
         assert not any("Traceback" in process.output() for process in processes)
     record = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert record == {"code": 75, "reason": "stopped before all ranks had come (SIGINT); start again to go on"}
+
+
+def test_a_rank_that_dies_while_others_start_up_ends_no_launch_script(config: Path, tmp_path: Path) -> None:
+    """torchrun sends SIGTERM to the other ranks: to them it looks as if somebody wanted an end."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    script = ["bash", str(REPOSITORY / "tools" / "launch.sh"), "--standalone", "--nproc-per-node", "2", "--"]
+    quick = {"MEGATRON_MED_RESTART_DELAY": "0", "MEGATRON_MED_PYTHON": python_path()}
+    with started([*script, str(config), "--train.timeout_minutes", "1"], log, quick) as process:
+        _await(lambda: len(_listening_ranks(process.pid)) == 2)
+        os.kill(_listening_ranks(process.pid)[1], signal.SIGKILL)
+        wait_for_step(run, 1, process, log)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 75
+    assert log.read_text().count("starting again") == 1
+
+
+def _listening_ranks(launcher: int) -> list[int]:
+    """Ranks below a launcher that have taken over SIGUSR1."""
+    found = []
+    for pid in descendants(launcher):
+        status = _read(Path(f"/proc/{pid}/status"))
+        caught = next((int(line.split()[1], 16) for line in status.splitlines() if line.startswith("SigCgt")), 0)
+        if "megatron_med.train" in _command(pid) and "distributed.run" not in _command(pid) and caught >> 9 & 1:
+            found.append(pid)
+    return found
+
+
+def test_the_launcher_is_gone_when_the_parent_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not when it is process 1, as in a container."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    stop = StopRequest()
+    assert not stop.asked
+    monkeypatch.setattr(os, "getppid", lambda: 7)
+    assert stop.asked
+    assert stop.reason == LAUNCHER_GONE
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    alone = StopRequest()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert not alone.asked, "without torchrun a parent may end"
 
 
 def test_a_rank_that_waits_for_rank_0_obeys_a_signal(config: Path) -> None:
@@ -154,8 +197,12 @@ def _assert_saved(run: Path, expected: dict[str, object], why: str) -> None:
 
 
 def _command(pid: int) -> str:
+    return _read(Path(f"/proc/{pid}/cmdline"))
+
+
+def _read(path: Path) -> str:
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text()
+        return path.read_text()
     except OSError:
         return ""
 
