@@ -14,9 +14,9 @@ from torch import Tensor
 from megatron_med.kernels.backend import operation
 from megatron_med.kernels.opaque import Cost, opaque_operation
 
-BLOCK = {"cuda": 1 << 23}
+BLOCK = {"cuda": 1 << 25}
 CPU_BLOCK = 1 << 19
-"""Logits that are taken at a time, never the whole vocabulary of a batch: on a GPU 32 MiB in fp32, which fill it; on a
+"""Logits that are taken at a time, never the whole vocabulary of a batch: on a GPU 128 MiB in fp32, which fill it; on a
 CPU 2 MiB, which stay in its cache."""
 
 

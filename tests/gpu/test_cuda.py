@@ -42,7 +42,8 @@ def test_attention_over_documents_in_one_call_equals_one_call_a_document(dtype: 
         out = attention(*inputs, causal=True, documents=PackedDocuments.of(lengths, inputs[0].device))
         results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
     for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours.float().cpu(), expected, rtol=2e-2, atol=3e-2)
+        distance = torch.dist(ours.float().cpu(), expected) / expected.norm()
+        assert distance < (1e-2 if dtype == torch.bfloat16 else 2e-3)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
