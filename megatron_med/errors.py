@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
@@ -50,9 +51,15 @@ def run_command(main: Callable[[], None]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # what the locale has no character for is told all the same
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end_by_signal)
     try:
         main()
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_DONE)
@@ -64,6 +71,12 @@ def run_command(main: Callable[[], None]) -> NoReturn:
             print(f"error: {fault}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     sys.exit(EXIT_DONE)
+
+
+def _end_by_signal(number: int, _: object) -> NoReturn:
+    """Ends in order: what was begun is taken away, and child processes end, too."""
+    signal.signal(number, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 _REMEDIES = {

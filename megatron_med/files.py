@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -20,6 +22,7 @@ RUN_IDENTITY = "run.json"
 
 PIECE = 2**20
 _AT_ONCE = 4
+_ABANDONED_SECONDS = 600.0
 
 
 @contextmanager
@@ -147,10 +150,34 @@ def sync(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed processes were about to put in place in a folder that nobody else writes into."""
-    for partial in folder.glob(f"*.[0-9]*{PARTIAL}"):
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Removes what killed processes were about to put in place in a folder that nobody else writes into.
+
+    ``name`` is the file that is written; without it all files are.
+    """
+    for partial in folder.glob(f"{glob.escape(name) or '*'}.[0-9]*{PARTIAL}"):
         _remove(partial)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Removes what dead processes of this host have left of a file or folder ``path``. One that was touched a while
+    ago at the latest may belong to another host."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.[0-9]*{PARTIAL}"):
+        pid = partial.name.removeprefix(f"{path.name}.").partition(".")[0]
+        with suppress(OSError):
+            touched = max(entry.stat().st_mtime for entry in (partial, *partial.rglob("*")))
+            if pid.isdigit() and not _is_alive(int(pid)) and time.time() - touched > _ABANDONED_SECONDS:
+                _remove(partial)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:

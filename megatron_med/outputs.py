@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_med.errors import TargetExistsError
-from megatron_med.files import RUN_IDENTITY, replacing, write_json
+from megatron_med.files import RUN_IDENTITY, remove_abandoned, replacing, write_json
 
 MARKER = ".megatron_med.json"
 """File in a folder that a tool has written; lists every file of it."""
@@ -62,6 +62,7 @@ def output_folder(path: Path, overwrite: bool) -> Iterator[Path]:
     refuse_existing(path, overwrite)
     target = path.resolve()
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(target)
     with replacing(target) as partial:
         partial.mkdir()
         yield partial

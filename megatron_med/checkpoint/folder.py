@@ -19,12 +19,14 @@ from megatron_med.errors import CheckpointError
 from megatron_med.files import PARTIAL, sha256_of_all, sync_path, write_json, write_text
 
 LATEST = "latest"
+BEST = "best"
+"""Names the step with the lowest validation loss, where the run keeps it."""
 MANIFEST = "manifest.json"
 STATE = "state.json"
 TOKENIZER = "tokenizer"
 CHECKPOINTS = "checkpoints"
 _PREFIX = "step-"
-_STEP_NAME = re.compile(r"step-\d+")
+_STEP_NAME = re.compile(r"step-[0-9]{8,}")
 _DAMAGED = ".damaged"
 _NEWER = ".newer"
 _REPLACED = ".replaced"
@@ -42,6 +44,8 @@ class CheckpointState:
         optimizer_steps: updates done; None where the checkpoint holds weights only.
         initial_lr: peak learning rate that the run began with (decoupled_adamw divides by it).
         loss_scaler: state of the fp16 loss scale.
+        chat: ``template, chat_template, turn_end_id`` of the conversations that it was trained on.
+        best: ``step, valid_loss`` of the lowest validation loss of the run so far.
         frozen: parameters without moments, since they were not trained.
         moments_since: parameter -> updates done when its moments began, where it was frozen before.
         settings: option -> value of what shapes the loss curve (``train/continuity.py``).
@@ -55,11 +59,32 @@ class CheckpointState:
     optimizer_steps: int | None = None
     initial_lr: float | None = None
     loss_scaler: dict[str, float] | None = None
+    chat: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
     frozen: list[str] = field(default_factory=list)
     moments_since: dict[str, int] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     version: int = 1
+
+
+_VERSION = 1
+_MOST = 2**53
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("step", "consumed_samples", "version"), (int,)),
+    "optimizer_steps": (int, type(None)),
+    "initial_lr": (int, float, type(None)),
+    **dict.fromkeys(("model", "moments_since", "settings", "run"), (dict,)),
+    **dict.fromkeys(("tokenizer", "loss_scaler", "chat", "best"), (dict, type(None))),
+    "frozen": (list,),
+}
+
+
+def _is_of(value: Any, kinds: tuple[type, ...]) -> bool:
+    """Whether a value of ``state.json`` is of one of these kinds; numbers are never negative."""
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        return False
+    return not isinstance(value, int | float) or 0 <= value <= _MOST
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -94,10 +119,11 @@ def read_state(folder: Path) -> CheckpointState:
     """Reads ``state.json``."""
     try:
         state = CheckpointState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
-        for name in ("step", "consumed_samples", "optimizer_steps"):
-            count = getattr(state, name)
-            if not (isinstance(count, int) and count >= 0) and not (name == "optimizer_steps" and count is None):
-                raise ValueError(f"{name} is {count!r}")
+        wrong = next((name for name, kinds in _KINDS.items() if not _is_of(getattr(state, name), kinds)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} is {str(getattr(state, wrong))[:40]!r}")
+        if state.version > _VERSION:
+            raise ValueError(f"it is of version {state.version}, and this program reads up to {_VERSION}")
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder / STATE} cannot be read ({error}). {_offer_previous(folder)}") from error
     return state
@@ -139,13 +165,14 @@ def file_names(folder: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
-def prune(checkpoints: Path, keep: int, keep_every: int | None, current: int) -> None:
-    """Removes all but the newest ``keep`` steps up to ``current`` and the multiples of ``keep_every``; 0 keeps all."""
+def prune(checkpoints: Path, keep: int, keep_every: int | None, current: int, best: int | None = None) -> None:
+    """Removes all but the newest ``keep`` steps up to ``current``, the multiples of ``keep_every`` and the step
+    ``best``; 0 keeps all."""
     if keep == 0:
         return
     steps = [step for step in complete_steps(checkpoints) if step <= current]
     for step in steps[:-keep]:
-        if keep_every is None or step % keep_every:
+        if step != best and (keep_every is None or step % keep_every):
             shutil.rmtree(step_folder(checkpoints, step), ignore_errors=True)
 
 
@@ -291,6 +318,11 @@ def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(
             f"The manifest of {folder} cannot be read ({error}). {_offer_previous(folder)}"
         ) from error
+
+
+def point_best_to(folder: Path) -> None:
+    """Lets ``best`` name a step."""
+    write_text(folder.parent / BEST, folder.name + "\n")
 
 
 def _point_latest_to(folder: Path) -> None:

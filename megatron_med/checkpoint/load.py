@@ -75,6 +75,15 @@ def load_optimizer(
 def load_weights(folder: Path, module: nn.Module, context: ParallelContext) -> None:
     """Fills a stage's parameters, converted to their type."""
     _load(weight_views(module, context), folder)
+    broken = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
+    if any(gather_objects(bool(broken), context.world)):
+        what = (
+            f"{broken[0]} and {len(broken) - 1} more" if len(broken) > 1 else "".join(broken) or "another rank's part"
+        )
+        raise CheckpointError(
+            f"{folder} holds weights that are not finite ({what}): NaN, infinity, or too large for this precision. "
+            "Choose another checkpoint, or --precision fp32."
+        )
 
 
 def check_model(state: CheckpointState, model: ModelConfig, folder: Path) -> None:

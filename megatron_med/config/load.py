@@ -47,6 +47,8 @@ def load_config(arguments: list[str], world_size: int, program: str = "megatron_
     )
     config = reader.read(Config, _nest(preset | given))
     faults = preset_faults + reader.faults
+    if not given.keys() & {"train.steps", "train.epochs"}:
+        faults.append(f"train.steps is missing: {missing}.")
     if flags:
         _inform(program, preset, given, flags, [fault for fault in faults if not fault.endswith(f": {missing}.")])
     if path is None:
@@ -151,10 +153,15 @@ def _flatten(tree: dict[str, Any], sections: dict[str, type], prefix: str = "") 
         name = f"{prefix}{key}"
         if key in sections and value is None:
             continue  # an empty section: all of it has defaults, or is missing
-        if key in sections and isinstance(value, dict):
-            flat.update(_flatten(value, _sections(sections[key]), f"{name}."))
-        else:
-            flat[name] = value
+        found = (
+            _flatten(value, _sections(sections[key]), f"{name}.")
+            if key in sections and isinstance(value, dict)
+            else {name: value}
+        )
+        twice = sorted(flat.keys() & found.keys())
+        if twice:
+            raise ConfigError([f"{option} is given twice: leave one out." for option in twice])
+        flat.update(found)
     return flat
 
 
@@ -181,7 +188,7 @@ def _is_known(key: str) -> bool:
 def _preset(name: Any) -> tuple[dict[str, Any], list[str]]:
     if name is None:
         return {}, []
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         meant = difflib.get_close_matches(str(name), PRESETS, n=1)
         hint = f" Did you mean {meant[0]}?" if meant else ""
         return {}, [f"model.preset is {name}: there is no such preset.{hint} There are: {', '.join(PRESETS)}."]

@@ -148,6 +148,9 @@ class DataSource:
     """Prefix of the .bin, .idx and .json files."""
     weight: float = 1.0
     """Share of the samples, relative to the other corpora."""
+    repeat: float | None = None
+    """Conversations: how often each of them comes in an epoch (0.2: a fifth of them). null: corpora are mixed by
+    weight, and a single one comes once."""
 
 
 @dataclass
@@ -167,6 +170,16 @@ class DataConfig:
     isolate_documents: bool = False
     """true: documents packed into one sample do not see each other, positions restart with each, and no token has to
     predict the next document's first. false: attention may cross their borders."""
+    packing: bool = True
+    """Conversations: several share a sample, by best fit, and do not see each other. false: one a sample, padded."""
+    truncate: Literal["error", "drop", "left", "right"] = "error"
+    """Conversations that do not fit into a sample: refuse them, leave them out, or cut them on one side."""
+    loss: Literal["answers", "all"] = "answers"
+    """Conversations: which tokens count. answers: what the model is to write, its turn-end token included."""
+    loss_average: Literal["token", "conversation"] = "token"
+    """token: mean over the tokens that count. conversation: mean over the conversations' own means."""
+    samples_per_epoch: int | None = None
+    """Conversations that an epoch draws, with replacement, by weight or repeat. null: as the mixture gives."""
 
 
 @dataclass
@@ -219,6 +232,8 @@ class LRScheduleConfig:
     """Shape after the warm-up."""
     warmup_steps: int = 0
     """Steps of linear rise to the peak."""
+    warmup_fraction: float | None = None
+    """The same as a share of the steps up to the end of the decay, in place of warmup_steps."""
     decay_steps: int | None = None
     """Step at which min_lr is reached. null: train.steps of the run's first start; more steps later do not bend it."""
     min_lr: float = 0.0
@@ -229,12 +244,14 @@ class LRScheduleConfig:
 class TrainConfig:
     """The run."""
 
-    steps: int
-    """Optimizer steps."""
     global_batch_size: int
     """Samples of one optimizer step, over all ranks."""
     output_dir: str = field(metadata=PATH)
     """Folder of the run: checkpoints, metrics, resolved configuration."""
+    steps: int = 0
+    """Optimizer steps. 0: as train.epochs says."""
+    epochs: float | None = None
+    """Passes over the data, in place of train.steps; the last step is filled up from the next pass."""
     micro_batch_size: int = 1
     """Samples of one forward pass."""
     seed: int = 1234
@@ -259,6 +276,8 @@ class CheckpointConfig:
     """Newest checkpoints that are kept. 0: all."""
     keep_every: int | None = None
     """Checkpoints at multiples of this step are never removed."""
+    keep_best: Literal["valid_loss"] | None = None
+    """valid_loss: save whenever the validation loss is the lowest so far, and keep that step: checkpoints/best."""
     load: str | None = field(default=None, metadata=PATH)
     """Checkpoint that a fresh run starts from."""
     load_state: Literal["weights", "all"] = "weights"

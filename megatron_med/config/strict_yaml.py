@@ -62,6 +62,13 @@ def _whole_number(loader: _StrictLoader, node: yaml.ScalarNode) -> int:
     return loader.construct_yaml_int(node)
 
 
+def _number(loader: _StrictLoader, node: yaml.ScalarNode) -> float:
+    text = loader.construct_scalar(node)
+    if ":" in text:
+        raise _refused(f"{text} is a number to the base of 60 in YAML: put it in quotes", node)
+    return loader.construct_yaml_float(node)
+
+
 def _with_exponent(loader: _StrictLoader, node: yaml.ScalarNode) -> int | float:
     """``1e-3`` is a number, and ``1e6`` a whole one; YAML 1.1 takes both for text."""
     text = loader.construct_scalar(node)
@@ -75,5 +82,6 @@ def _refused(fault: str, node: yaml.Node) -> yaml.YAMLError:
 
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _StrictLoader.add_constructor("tag:yaml.org,2002:int", _whole_number)
+_StrictLoader.add_constructor("tag:yaml.org,2002:float", _number)
 _StrictLoader.add_implicit_resolver("!exponent", _EXPONENT, list("-+0123456789"))
 _StrictLoader.add_constructor("!exponent", _with_exponent)

@@ -208,12 +208,36 @@ def _batch(config: Config, world_size: int) -> Iterator[str]:
         )
 
 
+def _length(config: Config) -> Iterator[str]:
+    """How long the run is, and what depends on it."""
+    train, schedule, data = config.train, config.lr_schedule, config.data
+    if train.steps and train.epochs is not None:
+        yield f"train.steps is {train.steps} and train.epochs {train.epochs}: give one of them."
+    if not train.steps and train.epochs is None:
+        yield "train.steps is 0: it must be at least 1, or train.epochs be set."
+    if schedule.warmup_steps and schedule.warmup_fraction is not None:
+        yield (
+            f"lr_schedule.warmup_steps is {schedule.warmup_steps} and warmup_fraction {schedule.warmup_fraction}: give "
+            "one of them."
+        )
+    for split in ("train", "valid"):
+        sources = getattr(data, split)
+        if any(source.repeat is not None for source in sources) and any(source.weight != 1 for source in sources):
+            yield f"data.{split} has both weight and repeat: mix corpora by one of them."
+    if config.checkpoint.keep_best is not None and not train.valid_interval:
+        yield f"checkpoint.keep_best is {config.checkpoint.keep_best}: it needs train.valid_interval and data.valid."
+
+
 def _run(config: Config) -> Iterator[str]:
     schedule, optimizer, train = config.lr_schedule, config.optimizer, config.train
+    if not train.output_dir:
+        yield "train.output_dir is empty: name a folder for the run."
     if not config.data.train:
         yield "data.train is empty: name at least one corpus, as [{path: PREFIX}]."
+    yield from _length(config)
     is_first_start = not (Path(train.output_dir) / RUN_IDENTITY).is_file()
-    if schedule.decay_steps is not None or is_first_start:  # else its checkpoint tells where the decay ends
+    is_known = schedule.decay_steps is not None or (is_first_start and train.epochs is None)
+    if is_known:  # else its checkpoint, or the data, tell where the decay ends
         yield from warmup_faults(schedule, schedule.decay_steps or train.steps)
     if not 0 <= schedule.min_lr <= optimizer.lr:
         yield f"lr_schedule.min_lr is {schedule.min_lr}: it must lie between 0 and optimizer.lr = {optimizer.lr}."

@@ -73,6 +73,8 @@ class IndexedDataset:
         start += 4 * sequences
         self._offsets = raw[start : start + 8 * sequences].view(np.int64)
         self.document_borders: npt.NDArray[np.int64] = raw[start + 8 * sequences :].view(np.int64)
+        if sequences and int(self.sizes.min()) < 0:
+            raise DataError(f"{self.idx_path} holds a document of {int(self.sizes.min())} tokens: write it again.")
         self._check_bin()
         self._tokens = np.memmap(self.bin_path, mode="r", dtype=self.dtype) if self.bin_path.stat().st_size else None
 

@@ -6,11 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_med.data.indexed import IndexedDataset
+from megatron_med.data.indexed import IndexedDataset, token_paths
 from megatron_med.data.indexed_writer import IndexedDatasetWriter
-from megatron_med.data.sources import read_side_file, recorded_tokenizer, side_file, write_side_file
+from megatron_med.data.sources import (
+    read_side_file,
+    recorded_tokenizer,
+    refuse_token_files,
+    side_file,
+    write_side_file,
+)
 from megatron_med.errors import DataError
-from megatron_med.outputs import refuse_existing
 from megatron_med.tokenizer import describe_difference
 
 
@@ -21,8 +26,7 @@ def merge_datasets(prefixes: Sequence[Path], output: Path, overwrite: bool = Fal
         DataError: the files differ in type or tokenizer.
         TargetExistsError: the output exists.
     """
-    for suffix in (".bin", ".idx", ".json"):
-        refuse_existing(output.with_name(output.name + suffix), overwrite)
+    refuse_token_files(output, overwrite, [file for prefix in prefixes for file in token_paths(prefix)])
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     sides = [read_side_file(prefix) for prefix in prefixes]
     first = sides[0]

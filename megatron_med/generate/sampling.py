@@ -46,7 +46,7 @@ def next_token(logits: Tensor, sampling: Sampling, generator: torch.Generator) -
     """``[batch, vocabulary]`` fp32 logits -> ``[batch]`` ids."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    scaled = logits / sampling.temperature
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / sampling.temperature  # the best one stays 0
     if sampling.top_k:
         lowest = scaled.topk(min(sampling.top_k, scaled.shape[-1])).values[..., -1:]
         scaled = scaled.masked_fill(scaled < lowest, float("-inf"))

@@ -12,6 +12,7 @@ from megatron_med.files import write_json, write_text
 
 END_OF_DOCUMENT = "<|endoftext|>"
 _BYTES = 256
+_LARGEST = 1 << 24
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> tokenizers.Tokenizer:
@@ -27,6 +28,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> 
     """
     if vocab_size <= _BYTES:
         raise ConfigError(f"--vocab-size is {vocab_size}: the 256 bytes and {END_OF_DOCUMENT} need at least 257.")
+    if vocab_size > _LARGEST:
+        raise ConfigError(f"--vocab-size is {vocab_size}: at most {_LARGEST} pieces are possible.")
+    if not 0 <= min_frequency <= _LARGEST:
+        raise ConfigError(f"--min-frequency is {min_frequency}: it must lie from 0 to {_LARGEST}.")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()

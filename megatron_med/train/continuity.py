@@ -13,8 +13,8 @@ from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.config import Config
 from megatron_med.config.reader import read_yaml
 from megatron_med.config.validate import warmup_faults
-from megatron_med.errors import ConfigError
-from megatron_med.train.run_folder import CONFIG
+from megatron_med.errors import CheckpointError, ConfigError
+from megatron_med.train.run_folder import CONFIG, CONFIG_BEFORE
 
 Settings = dict[str, Any]
 """Option -> value: everything that shapes the loss curve and may differ between starts."""
@@ -32,12 +32,14 @@ def settings_of(config: Config, horizon: int) -> Settings:
 
 
 def settings_before(source: Path, state: CheckpointState) -> Settings:
-    """The settings under which a checkpoint was trained. One of an older version does not tell them: its run's
-    ``config.yaml`` does. Empty where nobody knows."""
+    """The settings under which a checkpoint was trained. One of an older version does not tell them: the
+    configuration of its run's first start does. Empty where nobody knows."""
     if state.settings:
         return state.settings
     with suppress(ConfigError):
-        tree = read_yaml(source.parent.parent / CONFIG, "configuration of the run")
+        run = source.parent.parent
+        first = CONFIG_BEFORE if (run / CONFIG_BEFORE).is_file() else CONFIG
+        tree = read_yaml(run / first, "configuration of the run")
         if isinstance(tree, dict):
             settings = _select(tree)
             return settings | {_DECAY: settings.get(_DECAY) or settings.get(_STEPS)}
@@ -52,6 +54,10 @@ def decay_horizon(config: Config, before: Settings) -> int:
     """
     schedule = config.lr_schedule
     horizon = schedule.decay_steps or before.get(_DECAY) or config.train.steps
+    if not isinstance(horizon, int):
+        raise CheckpointError(
+            f"the checkpoint's settings hold {_DECAY} = {horizon!r}: no step. Restore its state.json."
+        )
     faults = list(warmup_faults(schedule, horizon))
     if faults:
         raise ConfigError(faults)

@@ -28,6 +28,8 @@ METRICS = "metrics.jsonl"
 EXIT = "exit.json"
 COMMITTED = "committed.json"
 CONFIG = "config.yaml"
+CONFIG_BEFORE = "config.first.yaml"
+"""The configuration of the run's first start; checkpoints of older versions do not tell it."""
 LOCK = ".lock"
 """Held as long as a run is alive; says which process of which host holds it, and since when."""
 
@@ -54,6 +56,11 @@ class RunFolder:
         """
         if self._lock is not None:
             return
+        if self.path.is_symlink() and not self.path.exists():
+            raise ConfigError(
+                f"train.output_dir is {self.path}: a link to {os.readlink(self.path)}, which is not there. Mount its "
+                "disk, or name another folder."
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = FileLock(self.path / LOCK, timeout=0)
@@ -110,14 +117,19 @@ class RunFolder:
     def begin(self, identity: dict[str, Any], config: str, step: int) -> None:
         """Records a start from ``step`` that everything has agreed to; what an earlier end or crash left behind goes.
         Checkpoints of later steps are set aside."""
+        if (self.path / CONFIG).is_file() and not (self.path / CONFIG_BEFORE).is_file():
+            write_text(self.path / CONFIG_BEFORE, (self.path / CONFIG).read_text(encoding="utf-8"))
         self.write_json(RUN_IDENTITY, identity)
         write_text(self.path / CONFIG, config)
         (self.path / EXIT).unlink(missing_ok=True)
         remove_partials(self.checkpoints)
         for aside in set_newer_aside(self.checkpoints, step):
             print(f"warning: going on from step {step}, a later checkpoint was set aside as {aside}.", file=sys.stderr)
-        for folder in (self.path, self.checkpoints):
-            remove_leftovers(folder)
+        for name in (RUN_IDENTITY, CONFIG, CONFIG_BEFORE, EXIT, COMMITTED, METRICS):
+            remove_leftovers(self.path, name)
+        remove_leftovers(self.checkpoints)
+        if step > 0 and not (self.path / COMMITTED).is_file():  # of a version that did not record it
+            self.record_commit(step)
 
     def resume_point(self) -> Path | None:
         """The step that ``latest`` names, whole or not; None where the run has no checkpoint yet.
@@ -137,13 +149,24 @@ class RunFolder:
                 f"{self.checkpoints} holds steps {steps} but no file 'latest': write the name of the step to go on "
                 "from into it."
             )
-        if folder is None and (self.path / COMMITTED).is_file():
+        witness = next((self.path / name for name in (COMMITTED, EXIT) if self._tells_of_a_save(name)), None)
+        if folder is None and witness is not None:
             raise ConfigError(
-                f"{self.checkpoints} holds no checkpoint, and {self.path / COMMITTED} says that this run has saved "
-                f"some. Bring them back, or mount their disk. To begin anew, name another train.output_dir, or remove "
-                f"{self.path / COMMITTED}: metrics.jsonl then begins at step 1, too."
+                f"{self.checkpoints} holds no checkpoint, and {witness} says that this run has saved some. Bring them "
+                f"back, or mount their disk. To begin anew, name another train.output_dir, or remove {witness}: "
+                "metrics.jsonl then begins at step 1, too."
             )
         return folder
+
+    def _tells_of_a_save(self, name: str) -> bool:
+        """Whether a file of the run says that a checkpoint was made: a run that has ended well has one."""
+        path = self.path / name
+        if name == COMMITTED or not path.is_file():
+            return path.is_file()
+        with suppress(ValueError, TypeError, KeyError):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            return record["code"] == 0 or str(record["reason"]).startswith("saved step")
+        return False
 
     def record_commit(self, step: int) -> None:
         """Remembers that a step was saved: without it, checkpoints that are gone would look like a run that is new."""

@@ -11,7 +11,7 @@ import yaml
 from megatron_med.checkpoint.folder import describe_files
 from megatron_med.config.schema import LRScheduleConfig
 from megatron_med.optim.lr_schedule import learning_rate
-from tests.cli.processes import read_metrics, train, write_config
+from tests.cli.processes import TRAIN, read_metrics, started_forked, train, wait_for_step, write_config
 
 LR = 4e-3
 SCHEDULE = {"warmup_steps": 2, "min_lr": 1e-4}
@@ -91,6 +91,18 @@ def test_a_run_of_an_older_version_keeps_the_horizon_of_its_configuration(config
     assert "changed" not in done.stdout
 
 
+def test_an_older_runs_horizon_outlives_a_start_that_saved_nothing(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(config).returncode == 0
+    _make_old(run, 8)
+    arguments = ("--train.steps", 40, "--checkpoint.interval", 0)
+    with started_forked([*TRAIN, str(config), "--train.steps", "100000", *map(str, arguments[2:])]) as process:
+        wait_for_step(run, 9, process, process.output)
+        process.kill()
+    assert "the learning rate's decay ends at step 8" in train(config, *arguments).stderr
+    assert _rates(run)[8:12] == [1e-4] * 4
+
+
 def test_everything_that_changes_the_curve_is_told(config: Path, tmp_path: Path) -> None:
     assert train(config, "--train.steps", 4).returncode == 0
     options = {
@@ -142,3 +154,4 @@ def _make_old(run: Path, step: int) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] |= describe_files(folder, ["state.json"])
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    (run / "config.first.yaml").unlink(missing_ok=True)

@@ -194,7 +194,14 @@ def test_damaged_records_of_a_run(config: Path, tmp_path: Path) -> None:
     assert train(config).returncode == 0
     assert metrics.read_bytes() == whole
     latest = run / "checkpoints" / "latest"
-    for content in (b"\xff\xfe\n", b"step--0000002\n", b"../../elsewhere\n", b""):
+    for content in (
+        b"\xff\xfe\n",
+        b"step--0000002\n",
+        b"step-2\n",
+        "step-0000000\u0662\n".encode(),
+        b"../../elsewhere\n",
+        b"",
+    ):
         latest.write_bytes(content)
         _told(train(config), "latest holds ", "not the name of a step; the newest there is step-00000002. Write that")
         generate = ("tools/generate.py", "--checkpoint", run, "--prompt-ids", 1)
@@ -202,9 +209,49 @@ def test_damaged_records_of_a_run(config: Path, tmp_path: Path) -> None:
     latest.write_text("step-00000002\n")
     step = run / "checkpoints" / "step-00000002"
     state = json.loads((step / "state.json").read_text())
-    for changes in ({"step": -2}, {"consumed_samples": "4"}, {"optimizer_steps": 1.5}):
+    wrong = {"settings": [1], "model": 5, "frozen": None, "moments_since": [], "tokenizer": 3, "version": 99}
+    wrong |= {"step": True, "initial_lr": "x", "consumed_samples": 10**30}
+    _rewrite(step, json.dumps(state | {"settings": {"lr_schedule.decay_steps": 3.5}}).encode())
+    _told(train(config), "hold lr_schedule.decay_steps = 3.5: no step")
+    for changes in (
+        {"step": -2},
+        {"consumed_samples": "4"},
+        {"optimizer_steps": 1.5},
+        *({k: v} for k, v in wrong.items()),
+    ):
         _rewrite(step, json.dumps(state | changes).encode())
-        _told(train(config), f"state.json cannot be read ({next(iter(changes))} is ")
+        _told(
+            train(config), "state.json cannot be read (" + ("it is of" if "version" in changes else next(iter(changes)))
+        )
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_begun_anew(config: Path, tmp_path: Path) -> None:
+    """As versions left it that did not record their commits."""
+    run = tmp_path / "run"
+    assert train(config).returncode == 0
+    (run / "committed.json").unlink()
+    shutil.move(run / "checkpoints", tmp_path / "elsewhere")
+    _told(train(config), "holds no checkpoint, and ", "exit.json says that this run has saved some")
+    shutil.move(tmp_path / "elsewhere", run / "checkpoints")
+    assert train(config).returncode == 0
+    assert (run / "committed.json").is_file()
+
+
+def test_a_start_leaves_what_other_tools_are_writing(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    for name in ("hf.7.partial", "metrics.jsonl.7.partial"):
+        (run / name).mkdir(parents=True)
+    assert train(config).returncode == 0
+    assert (run / "hf.7.partial").is_dir()
+    assert not (run / "metrics.jsonl.7.partial").exists()
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    _told(train(config, "--train.output_dir", tmp_path / "link"), "a link to ", "which is not there. Mount its disk")
+
+
+def test_a_model_that_no_memory_holds(config: Path) -> None:
+    done = train(config, "--model.hidden_size", 2**20, "--model.ffn_hidden_size", 2**22)
+    _told(done, "the model does not fit into the memory of a rank", "tools/plan.py says what a rank needs")
+    _told(train(config, "--model.num_layers", 10**9), "model.num_layers is 1000000000: it must be at most 65536")
 
 
 def test_weights_that_are_not_numbers_choose_no_token(config: Path, tmp_path: Path) -> None:
@@ -212,7 +259,7 @@ def test_weights_that_are_not_numbers_choose_no_token(config: Path, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     for options in ((), ("--temperature", 1), ("--temperature", 1, "--top-p", 0.5, "--top-k", 3)):
         arguments = ("--checkpoint", tmp_path / "run", "--prompt-ids", 1, 2, *options)
-        _told(python("tools/generate.py", *arguments), "gives logits that are not finite", "Choose another checkpoint")
+        _told(python("tools/generate.py", *arguments), "weights that are not finite (", "Choose another checkpoint")
 
 
 _BREAK_WEIGHTS = """

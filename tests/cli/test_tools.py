@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +17,7 @@ import pytest
 
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.tokenizer import load_tokenizer
-from tests.cli.processes import python, real_python
+from tests.cli.processes import REPOSITORY, python, real_python
 from tests.conftest import SAMPLE
 
 
@@ -112,6 +119,94 @@ def test_existing_output_is_never_overwritten_unasked(tmp_path: Path, sample_tok
     done = real_python("tools/train_tokenizer.py", "--input", SAMPLE, "--vocab-size", 300, "--output", sample_tokenizer)
     assert done.returncode == 2
     assert "--overwrite" in done.stderr
+
+
+def test_what_is_read_is_never_written_over(tmp_path: Path, sample_tokenizer: Path) -> None:
+    notes = tmp_path / "notes.json"
+    notes.write_bytes(SAMPLE.read_bytes())
+    folder = tmp_path / "tk"
+    shutil.copytree(sample_tokenizer, folder)
+    kept = {file: file.read_bytes() for file in (notes, folder / "tokenizer.json")}
+    for prefix, message in (
+        (tmp_path / "notes", "notes.json would be written, and is read"),
+        (folder / "tokenizer", "tokenizer.json would be written, and is read"),
+    ):
+        arguments = (
+            "--input",
+            notes,
+            "--output-prefix",
+            prefix,
+            "--tokenizer",
+            folder / "tokenizer.json",
+            "--overwrite",
+        )
+        done = python("tools/preprocess_data.py", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+    other = tmp_path / "other.json"
+    for file in (other, tmp_path / "thesis.bin"):
+        file.write_text("[1]")
+    for prefix in ("other", "thesis"):
+        arguments = ("--input", notes, "--output-prefix", tmp_path / prefix, "--tokenizer", folder, "--overwrite")
+        done = python("tools/preprocess_data.py", *arguments)
+        assert done.returncode == 2
+        assert "is there and is no file of token data" in done.stderr
+    assert {file: file.read_bytes() for file in kept} == kept
+    common = ("--input", notes, "--tokenizer", folder, "--output-prefix")
+    for _ in range(2):
+        assert python("tools/preprocess_data.py", *common, tmp_path / "out", "--overwrite").returncode == 0
+    merge = ("tools/merge_datasets.py", "--input", tmp_path / "out", "--output-prefix", tmp_path / "out", "--overwrite")
+    assert "would be written, and is read" in python(*merge).stderr
+    index = tmp_path / "out.idx"
+    raw = bytearray(index.read_bytes())
+    raw[34:38] = (-1).to_bytes(4, "little", signed=True)
+    index.write_bytes(raw)
+    assert "holds a document of -1 tokens" in python("tools/inspect_data.py", tmp_path / "out").stderr
+
+
+def test_numbers_of_a_tokenizer_have_ranges(tmp_path: Path) -> None:
+    for options, message in (
+        (("--vocab-size", 10**12), "at most 16777216 pieces"),
+        (("--vocab-size", 300, "--min-frequency", -1), "it must lie from 0"),
+    ):
+        done = python("tools/train_tokenizer.py", "--input", SAMPLE, "--output", tmp_path / "t", *options)
+        assert done.returncode == 2
+        assert message in done.stderr
+
+
+def test_a_tool_that_is_asked_to_end_leaves_no_process(tmp_path: Path, sample_tokenizer: Path) -> None:
+    text = tmp_path / "long.jsonl"
+    text.write_bytes(SAMPLE.read_bytes() * 300)
+    command = [sys.executable, "tools/preprocess_data.py", "--input", text, "--output-prefix", tmp_path / "out"]
+    command += ["--tokenizer", sample_tokenizer, "--workers", "2"]
+    process = subprocess.Popen(list(map(str, command)), cwd=REPOSITORY, start_new_session=True, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "out.bin.partial").exists() or (tmp_path / "out.bin.partial").stat().st_size == 0:
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        while _members(process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert b"Traceback" not in process.stderr.read()  # type: ignore[union-attr]
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert not (tmp_path / "out.partial.lock").exists()
+
+
+def _members(group: int) -> list[str]:
+    """Processes of a process group that are not dead."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            fields = entry.read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group and fields[0] != "Z":
+                found.append(entry.parent.name)
+    return found
 
 
 def test_inspect_and_merge(tmp_path: Path, sample_data: Path, shared: Path) -> None:

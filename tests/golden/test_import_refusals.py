@@ -197,3 +197,31 @@ def test_new_rows_are_those_of_the_whole_matrix(dtype: torch.dtype) -> None:
     whole = rows.float()
     expected = (whole.mean(0) + NEW_ROW_NOISE * whole.std(0) * noise).to(dtype)
     assert torch.equal(new_rows(rows, 7, "x"), expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rms_norm_eps": None}, "norm_eps of the model is None: a number is needed"),
+        ({"rms_norm_eps": "1e-5"}, "norm_eps of the model is '1e-5': a number is needed"),
+        ({"rms_norm_eps": -1}, "norm_eps is -1"),
+        ({"rope_theta": -5.0, "rope_parameters": None}, "rope_theta is -5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"sliding_window": 64}, "sliding_window is 64"),
+        ({"num_key_value_heads": True}, "num_query_groups of the model is True"),
+        ({"num_hidden_layers": 10**9}, "num_layers of the model is 1000000000"),
+        ({"quantization_config": "awq"}, "quantization_config (method awq)"),
+    ],
+)
+def test_settings_that_make_another_model(folder: Path, changes: dict[str, Any], message: str) -> None:
+    _configure(folder, **changes)
+    with pytest.raises(CheckpointError) as caught:
+        import_huggingface(folder, folder.parent / "ckpt")
+    assert message in str(caught.value)
+    assert not (folder.parent / "ckpt").exists()
+
+
+def test_a_config_that_is_nested_without_end(folder: Path) -> None:
+    (folder / "config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        import_huggingface(folder, folder.parent / "ckpt")

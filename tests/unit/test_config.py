@@ -135,7 +135,7 @@ def test_missing_fields_are_all_named(tmp_path: Path) -> None:
         ({"model": {"preset": "gpt2-tiny", "rope_scaling": {"type": "linear", "factor": 2.0}}}, 8, "learned positions"),
         ({"optimizer": {"clip_grad": float("nan")}}, 8, "optimizer.clip_grad is nan"),
         ({"data": {"train": [{"path": "a", "weight": float("inf")}]}}, 8, "weight of a is inf"),
-        ({"data": {"train": ["a"]}}, 8, "data.train[0] is 'a': expected keys with values: path, weight."),
+        ({"data": {"train": ["a"]}}, 8, "data.train[0] is 'a': expected keys with values: path, weight, repeat."),
     ],
 )
 def test_broken_rule_says_value_rule_and_remedy(
@@ -358,3 +358,16 @@ def test_what_stands_empty_or_against_itself(tmp_path: Path) -> None:
         "train.steps is 'abc': expected a whole number."
     ]
     assert "train.stepz is not an option" in _faults([str(path), "--train.stepz", "5", "--print_config"])[0]
+
+
+def test_an_option_in_two_spellings_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("train: {steps: 6}\ntrain.steps: 3\n")
+    with pytest.raises(ConfigError, match=r"train\.steps is given twice"):
+        load_config([str(path)], 1)
+    path.write_text("train: {timeout_minutes: 1:30.5}\n")
+    with pytest.raises(ConfigError, match=r"1:30\.5 is a number to the base of 60"):
+        load_config([str(path)], 1)
+    path.write_text("model: " + "[" * 3000)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        load_config([str(path)], 1)

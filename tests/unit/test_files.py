@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from megatron_med.errors import run_command
-from megatron_med.files import remove_leftovers, replacing, sha256, write_json, write_text
+from megatron_med.files import remove_abandoned, remove_leftovers, replacing, sha256, write_json, write_text
 
 
 def test_what_fails_on_the_way_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -57,6 +59,33 @@ def test_leftovers_of_killed_processes_are_removed_by_whoever_owns_the_folder(tm
         (tmp_path / name).touch()
     remove_leftovers(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(names[2:])
+    for name in names:
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path, "run.json")
+    assert {path.name for path in tmp_path.iterdir()} == {names[0], *names[2:]}
+
+
+def test_what_dead_processes_have_left_of_a_folder_is_removed_when_it_is_written_again(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    old, fresh, alive, other = (
+        tmp_path / name
+        for name in (
+            f"hf.{dead.pid}.partial",
+            f"ckpt.{dead.pid}.partial",
+            f"hf.{os.getpid()}.partial",
+            f"hf2.{dead.pid}.partial",
+        )
+    )
+    for folder in (old, fresh, alive, other):
+        folder.mkdir()
+        (folder / "weights").touch()
+        if folder != fresh:
+            for path in (folder / "weights", folder):
+                os.utime(path, (1.0, 1.0))
+    remove_abandoned(tmp_path / "hf")
+    remove_abandoned(tmp_path / "ckpt")
+    assert set(tmp_path.iterdir()) == {fresh, alive, other}
 
 
 def test_checksums_are_sha256(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def make_config(
         model=ModelConfig(**PRESETS[preset]),
         data=DataConfig(sequence_length=sequence_length),
         train=TrainConfig(
-            steps=1, global_batch_size=micro_batch_size, output_dir="", micro_batch_size=micro_batch_size
+            steps=1, global_batch_size=micro_batch_size, output_dir="unused", micro_batch_size=micro_batch_size
         ),
         parallel=parallel or ParallelConfig(),
         precision=precision,  # type: ignore[arg-type]

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from megatron_med.config import ModelConfig
+from megatron_med.config.ranges import model_numbers
 from megatron_med.config.schema import RopeScaling
 from megatron_med.errors import CheckpointError
 
+_UNKNOWN_HERE = {"partial_rotary_factor": 1.0, "sliding_window": None, "no_rope_layers": None}
+"""Settings of Llama's relatives that change the arithmetic, and their value for a Llama."""
+_MOST_LAYERS = 65536
 _GPT2_GELUS = ("gelu_new", "gelu_pytorch_tanh")
 
 
@@ -21,7 +27,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no config.json. Check --from.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}. Fetch it again.") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no settings of a model. Fetch it again.")
@@ -36,11 +42,7 @@ def from_huggingface(config: dict[str, Any]) -> ModelConfig:
     """
     try:
         model = _from_known(config)
-        faults = [
-            f"config.json: {field.name} of the model is {value!r}: a whole number of at least 1 is needed."
-            for field, value in ((field, getattr(model, field.name)) for field in fields(model))
-            if field.type == "int" and not (isinstance(value, int) and value >= 1)
-        ]
+        faults = list(_value_faults(model))
     except KeyError as error:
         raise CheckpointError(f"config.json has no {error.args[0]!r}: it is needed. Get the whole file.") from error
     except (TypeError, ValueError, AttributeError) as error:
@@ -50,10 +52,24 @@ def from_huggingface(config: dict[str, Any]) -> ModelConfig:
     return model
 
 
+def _value_faults(model: ModelConfig) -> Iterator[str]:
+    for field in fields(model):
+        value = getattr(model, field.name)
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if field.type == "int" and not (is_number and isinstance(value, int) and value >= 1):
+            yield f"config.json: {field.name} of the model is {value!r}: a whole number of at least 1 is needed."
+        elif field.type == "float" and not is_number:
+            yield f"config.json: {field.name} of the model is {value!r}: a number is needed."
+    if isinstance(model.num_layers, int) and model.num_layers > _MOST_LAYERS:
+        yield f"config.json: num_layers of the model is {model.num_layers}: at most {_MOST_LAYERS} are possible."
+    with suppress(TypeError):
+        yield from (fault.replace("model.", "config.json: ", 1) for fault in model_numbers(model))
+
+
 def _from_known(config: dict[str, Any]) -> ModelConfig:
     quantization = config.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method", "unknown")
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise CheckpointError(
             f"config.json has a quantization_config (method {method}): quantized weights are not imported. Save the "
             "model in bf16, fp16 or fp32 (transformers: model.dequantize(), then save_pretrained)."
@@ -61,6 +77,7 @@ def _from_known(config: dict[str, Any]) -> ModelConfig:
     family = config.get("model_type")
     if family == "llama":
         _refuse(config, {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu"})
+        _refuse(config, {name: value for name, value in _UNKNOWN_HERE.items() if config.get(name) is not None})
         return _llama(config)
     if family == "gpt2":
         _refuse(config, {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False})
