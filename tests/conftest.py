@@ -109,6 +109,25 @@ def sentence_data(tmp_path_factory: pytest.TempPathFactory, sample_tokenizer: Pa
     return folder / "sentences"
 
 
+@pytest.fixture(scope="session")
+def conversation_data(tmp_path_factory: pytest.TempPathFactory, sample_tokenizer: Path) -> Path:
+    """Questions and answers made of the quickstart corpus' sentences; several of them share a sample of 64 tokens."""
+    from megatron_med.data.jsonl import read_lines, text_of
+    from megatron_med.data.preprocess_instructions import InstructionOptions, preprocess_instructions
+
+    folder = tmp_path_factory.mktemp("conversations")
+    sentences = [part for line in read_lines([SAMPLE]) for part in text_of(line, "text").split(". ") if len(part) > 30]
+    pairs = zip(sentences[::2], sentences[1::2], strict=False)
+    records = [{"question": first[:25], "answer": second[: 8 + len(first) % 40]} for first, second in pairs]
+    (folder / "c.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    template = "{% for m in messages %}{% if m.role == 'user' %}Q: {{ m.content }}\nA:{% else %}{% generation %} "
+    template += "{{ m.content }}{{ eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
+    (folder / "t.jinja").write_text(template)
+    options = [str(sample_tokenizer), str(folder / "t.jinja")]
+    preprocess_instructions(InstructionOptions([folder / "c.jsonl"], folder / "conversations", *options))
+    return folder / "conversations"
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache_and_server(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests never touch the user's cache; the server that test processes are forked from starts with it."""

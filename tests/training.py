@@ -27,7 +27,7 @@ from megatron_med.config.schema import (
 from megatron_med.config.validate import validate
 from megatron_med.data.cache import cache_folder
 from megatron_med.data.loader import BatchLoader
-from megatron_med.data.sources import blend, open_corpora
+from megatron_med.data.streams import open_split
 from megatron_med.optim.lr_schedule import learning_rate
 from megatron_med.parallel.context import create_context
 from megatron_med.tracing.recorder import Recorder, group_labels
@@ -104,8 +104,8 @@ def set_up(config: Config) -> tuple[TrainModule, BatchLoader]:
     train_module = build_train_module(config, context)
     cache = cache_folder(None)
     seed, length = config.train.seed, config.data.sequence_length
-    corpora = open_corpora(config.data.train, config.data, seed, config.model.vocab_size, cache)
-    dataset = blend(corpora, config.data.train, config.train.steps * config.train.global_batch_size, cache)
+    corpora = open_split(config.data.train, config.data, seed, config.model.vocab_size, cache)
+    dataset = corpora.stream(config.train.steps * config.train.global_batch_size)
     loader = BatchLoader(
         dataset,
         context,

@@ -108,10 +108,10 @@ class PackedDataset:
 
 
 def _facts(data: IndexedDataset) -> dict[str, Any]:
-    return {"fingerprint": _fingerprint(data), "tokens": data.token_count}
+    return {"fingerprint": fingerprint(data), "tokens": data.token_count}
 
 
-def _fingerprint(data: IndexedDataset) -> str:
+def fingerprint(data: IndexedDataset) -> str:
     """Hash of the index file, and of the size and both ends of the token file."""
     size = data.bin_path.stat().st_size
     with data.idx_path.open("rb") as index, data.bin_path.open("rb") as tokens:

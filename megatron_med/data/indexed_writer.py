@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -120,6 +120,14 @@ class IndexedDatasetWriter:
         }
         write_json(self._journal, journal, indent=None)
 
+    def restart(self) -> None:
+        """Forgets what an earlier run had written."""
+        self._bin.truncate(0)
+        self._sizes.truncate(0)
+        self._journal.unlink(missing_ok=True)
+        self.documents = self.tokens = 0
+        self.position = None
+
     def __enter__(self) -> IndexedDatasetWriter:
         return self
 
@@ -174,6 +182,59 @@ class IndexedDatasetWriter:
             while len(chunk := np.frombuffer(file.read(4 * _CHUNK), "<i4")):
                 yield chunk, offset
                 offset += int(chunk.sum(dtype=np.int64)) * self._dtype.itemsize
+
+
+class ColumnsWriter:
+    """Writes files side by side whose documents have equal lengths, such as tokens and their roles.
+
+    Args:
+        columns: prefix and type of each file; the first one holds the tokens.
+        ingredients: everything that the content depends on.
+    """
+
+    def __init__(self, columns: Sequence[tuple[Path, npt.DTypeLike]], ingredients: Any) -> None:
+        self._stack = ExitStack()
+        with ExitStack() as opening:
+            self._writers = [
+                opening.enter_context(IndexedDatasetWriter(prefix, dtype, ingredients)) for prefix, dtype in columns
+            ]
+            self._stack = opening.pop_all()
+        if any(writer.position != self._writers[0].position for writer in self._writers):
+            for writer in self._writers:
+                writer.restart()
+
+    @property
+    def documents(self) -> int:
+        """Documents so far."""
+        return self._writers[0].documents
+
+    @property
+    def tokens(self) -> int:
+        """Tokens so far."""
+        return self._writers[0].tokens
+
+    @property
+    def position(self) -> Any:
+        """What the caller gave to the last ``save_position`` of the run that is gone on from, or None."""
+        return self._writers[0].position
+
+    def add_documents(self, columns: Sequence[bytes], sizes: npt.NDArray[np.int32]) -> None:
+        """Appends documents, to every file."""
+        for writer, tokens in zip(self._writers, columns, strict=True):
+            writer.add_documents(tokens, sizes)
+
+    def save_position(self, position: Any) -> None:
+        """As ``IndexedDatasetWriter.save_position``, of every file."""
+        for writer in self._writers:
+            writer.save_position(position)
+
+    def __enter__(self) -> ColumnsWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, trace)
 
 
 def _beside(bin_path: Path, ending: str) -> Path:

@@ -163,8 +163,6 @@ def check_inputs(files: Sequence[Path]) -> None:
         raise DataError(faults)
 
 
-def bad_line_error(place: str, reason: str) -> DataError:
+def bad_line_error(place: str, reason: str, option: str = "--skip-bad-lines") -> DataError:
     """The error for a line that cannot be used."""
-    return DataError(
-        f"{place}: {reason}. Mend the line, or pass --skip-bad-lines to leave such lines out and count them."
-    )
+    return DataError(f"{place}: {reason}. Mend it, or pass {option} to leave such records out and count them.")

@@ -11,9 +11,10 @@ from typing import Any
 from megatron_med.config.schema import DataConfig, DataSource
 from megatron_med.data.blend import BlendedDataset
 from megatron_med.data.gpt import PackedDataset
-from megatron_med.data.indexed import IndexedDataset
-from megatron_med.errors import DataError
+from megatron_med.data.indexed import MAGIC, IndexedDataset, token_paths
+from megatron_med.errors import DataError, TargetExistsError
 from megatron_med.files import sha256, write_json
+from megatron_med.outputs import refuse_existing
 from megatron_med.tokenizer import Tokenizer, describe_difference, load_tokenizer
 
 
@@ -21,6 +22,48 @@ def side_file(prefix: str | Path) -> Path:
     """``prefix.json``."""
     prefix = Path(prefix)
     return prefix.with_name(prefix.name + ".json")
+
+
+def roles_prefix(prefix: str | Path) -> Path:
+    """Prefix of the file that says, a byte a token, what each token of a conversation is."""
+    prefix = Path(prefix)
+    return prefix.with_name(prefix.name + ".roles")
+
+
+def refuse_token_files(prefix: Path, overwrite: bool, reads: Sequence[Path] = (), roles: bool = False) -> None:
+    """Refuses to write token files over anything but token files.
+
+    Args:
+        prefix: of ``.bin``, ``.idx`` and ``.json``.
+        overwrite: token files of an earlier run may be replaced.
+        reads: files that are read meanwhile.
+        roles: the roles of conversations are written beside them.
+
+    Raises:
+        TargetExistsError: a target is there already, is no token file, or is one of ``reads``.
+    """
+    files = [*token_paths(prefix), *(token_paths(roles_prefix(prefix)) if roles else ()), side_file(prefix)]
+    read = {file.resolve() for file in reads}
+    for file in files:
+        if file.resolve() in read:
+            raise TargetExistsError(f"{file} would be written, and is read: name another --output-prefix.")
+        if file.is_file() and not _is_token_file(file):
+            raise TargetExistsError(f"{file} is there and is no file of token data: name another --output-prefix.")
+        refuse_existing(file, overwrite)
+
+
+def _is_token_file(file: Path) -> bool:
+    """Whether a tool of this kind has written a file, as far as its beginning tells; a ``.bin`` has an index."""
+    if file.suffix == ".json":
+        try:
+            return _is_ours(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError:
+            return False
+    index = file.with_suffix(".idx")
+    if not index.is_file():
+        return False
+    with index.open("rb") as stream:
+        return stream.read(len(MAGIC)) == MAGIC
 
 
 def write_side_file(prefix: Path, tokenizer: Tokenizer, counts: dict[str, Any]) -> None:
@@ -64,7 +107,8 @@ def recorded_tokenizer(prefix: str | Path) -> Tokenizer | None:
     for file, checksum in zip(files, described["files"].values(), strict=True):
         if not file.is_file():
             raise DataError(
-                f"{side_file(prefix)} names the tokenizer file {file}, which is not there. Set data.tokenizer."
+                f"{side_file(prefix)} names the tokenizer file {file}, which is not there. Set "
+                "data.tokenizer (tools: --tokenizer)."
             )
         if sha256(file) != checksum:
             raise DataError(

@@ -16,7 +16,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_med.errors import DataError
-from megatron_med.files import sha256
+from megatron_med.files import sha256, write_text
 
 _PROBE = (
     "Tokenizers differ: 37.5 °C, HbA1c 8.1 %, β-blockers (metoprolol 50 mg/d) \u2013 acetylcholinesterase, Crohn's;\n"
@@ -25,6 +25,7 @@ _PROBE = (
 ADDED_TOKENS = "added_tokens.json"
 """File beside a SentencePiece model that names the tokens after its vocabulary, as Hugging Face has it."""
 
+_GUARDS = ("\n", "\u00a7", "\x00")
 _END_OF_DOCUMENT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
@@ -75,6 +76,19 @@ class Tokenizer(ABC):
         guard = [] if first else self.encode("\n")
         text = self.decode([*guard, *ids]) if ids else ""
         return text[1:] if guard and ids else text
+
+    @abstractmethod
+    def encode_part(self, text: str, is_first: bool) -> list[tuple[int, int, int]]:
+        """Ids of a part of a text that special tokens cut, as the exported tokenizer has them.
+
+        Returns:
+            Id, first character and character after the last, of every token; tokens without text of their own
+            (a space in front, the first bytes of a character) end where they begin.
+        """
+
+    def special_margins(self) -> dict[int, tuple[bool, bool]]:
+        """Special tokens that swallow the white space in front of them, or behind."""
+        return {}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts."""
@@ -166,6 +180,16 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._processor.encode(list(texts), num_threads=1)
 
+    def encode_part(self, text: str, is_first: bool) -> list[tuple[int, int, int]]:
+        if is_first:
+            return _placed(self._processor.encode(text, return_type="offset_mapping"))
+        for guard in _GUARDS:  # in place of the space in front of a text; it must not melt into what follows
+            found = _placed(self._processor.encode(guard + text, return_type="offset_mapping"), len(guard))
+            length = len(self._processor.encode(guard))
+            if all(end <= 0 for _, _, end in found[:length]) and all(start >= 0 for _, start, _ in found[length:]):
+                return found[length:]
+        raise DataError(f"{self.files[0]}: no text can be cut off in front of {text[:20]!r}. Take another tokenizer.")
+
     def decode(self, ids: Sequence[int]) -> str:
         numbers = [int(token) for token in ids]
         starts = [place for place, token in enumerate(numbers) if token >= self._pieces]
@@ -186,6 +210,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def __init__(self, backend: tokenizers.Tokenizer, files: list[Path]) -> None:
         self._backend = backend
+        self._independent: bool | None = None
         backend.encode_special_tokens = True  # a special token's string in raw text is ordinary text
         self.files = files
         vocabulary = backend.get_vocab(with_added_tokens=True)
@@ -205,6 +230,29 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._backend.encode_batch(list(texts), add_special_tokens=False)]
 
+    def encode_part(self, text: str, is_first: bool) -> list[tuple[int, int, int]]:
+        guard = "" if is_first or self._parts_are_texts() else "\n"
+        encoded = self._backend.encode(guard + text, add_special_tokens=False)
+        first = len(self.encode(guard)) if guard else 0
+        placed = zip(encoded.ids[first:], encoded.offsets[first:], strict=True)
+        return [(token, start - len(guard), end - len(guard)) for token, (start, end) in placed]
+
+    def _parts_are_texts(self) -> bool:
+        """Whether the pipeline treats what follows a special token like a text of its own."""
+        added = [t for t in self._backend.get_added_tokens_decoder().values() if t.special and not t.rstrip]
+        if not added:
+            return True
+        if self._independent is None:
+            self._backend.encode_special_tokens = False
+            behind = self._backend.encode(f"{added[0].content}x", add_special_tokens=False).ids[1:]
+            self._backend.encode_special_tokens = True
+            self._independent = behind == self.encode("x")
+        return self._independent
+
+    def special_margins(self) -> dict[int, tuple[bool, bool]]:
+        added = self._backend.get_added_tokens_decoder()
+        return {number: (token.lstrip, token.rstrip) for number, token in added.items() if token.lstrip or token.rstrip}
+
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode([int(token) for token in ids], skip_special_tokens=False)
 
@@ -220,10 +268,15 @@ class HuggingFaceTokenizer(Tokenizer):
         folder.mkdir(parents=True, exist_ok=True)
         extended = tokenizers.Tokenizer.from_str(self._backend.to_str())
         extended.add_special_tokens(list(tokens))
-        extended.save(str(folder / "tokenizer.json"))
+        write_text(folder / "tokenizer.json", extended.to_str(pretty=True))
         for file in self.files:
             if file.name == "tokenizer_config.json":
                 shutil.copyfile(file, folder / file.name)
+
+
+def _placed(mapping: Mapping[str, Any], skipped: int = 0) -> list[tuple[int, int, int]]:
+    pairs = zip(mapping["ids"], mapping["offsets"], strict=True)
+    return [(token, start - skipped, end - skipped) for token, (start, end) in pairs]
 
 
 def describe_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> str | None:
@@ -311,7 +364,7 @@ def _byte_level_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
 def _with_companions(tokenizer: Tokenizer) -> Tokenizer:
     """Adds the files beside a tokenizer that belong to it."""
     folder = tokenizer.files[0].parent
-    names = ["tokenizer_config.json", "special_tokens_map.json", ADDED_TOKENS]
+    names = ["tokenizer_config.json", "special_tokens_map.json", ADDED_TOKENS, "chat_template.jinja"]
     if tokenizer.files[0].name == "tokenizer.json":
         names += ["tokenizer.model", "vocab.json", "merges.txt"]
     tokenizer.files += [folder / name for name in names if (folder / name).is_file()]

@@ -34,7 +34,8 @@ from megatron_med.data.cache import cache_folder
 from megatron_med.data.indexed import token_paths
 from megatron_med.data.loader import SampleStream
 from megatron_med.data.sample import Sample, without_borders
-from megatron_med.data.sources import blend, find_tokenizer, open_corpora
+from megatron_med.data.sources import find_tokenizer
+from megatron_med.data.streams import open_split
 from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserError
 from megatron_med.launch.fake import start_fake_process_group
 from megatron_med.optim.groups import check_groups
@@ -178,13 +179,17 @@ def _open_data(config: Config) -> tuple[SampleStream, Tokenizer | None, list[str
         override = None
     tokenizer = find_tokenizer(present, override, config.model.vocab_size)
     cache = cache_folder(data.cache_dir)
-    corpora = open_corpora(present, data, train.seed, config.model.vocab_size, cache)
+    present_train = [source for source in data.train if source not in missing]
+    for split in (present_train, [source for source in data.valid if source not in missing]):
+        if split:
+            open_split(split, data, train.seed, config.model.vocab_size, cache)
     samples = max(STEPS, train.steps) * train.global_batch_size
     if any(source in missing for source in data.train):
         tokens = samples * data.sequence_length
         absent.append(f"  in their place: {samples:,} synthetic samples, {tokens:,} tokens")
         return _SyntheticStream(samples, data.sequence_length), tokenizer, absent
-    return blend(corpora[: len(data.train)], data.train, samples, cache), tokenizer, absent
+    corpora = open_split(data.train, data, train.seed, config.model.vocab_size, cache)
+    return corpora.stream(samples), tokenizer, absent
 
 
 def _held(train_module: TrainModule, recorder: Recorder) -> str:

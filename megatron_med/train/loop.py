@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_med.checkpoint.folder import prune, step_folder, step_of
+from megatron_med.checkpoint.folder import point_best_to, prune, step_folder, step_of
 from megatron_med.checkpoint.save import CheckpointSaver
 from megatron_med.data.prefetch import Prefetcher
 from megatron_med.errors import EXIT_DONE, EXIT_FAILED, EXIT_SAVED_AFTER_SIGNAL
@@ -86,8 +86,10 @@ def _steps(
 
         metrics = _metrics(run, result, lr, timer) | {"checkpoint_seconds": stall}
         stall = 0.0
+        is_best = False
         if run.valid_data is not None and _due(run, config.train.valid_interval):
             metrics["valid_loss"] = _validate(run)
+            is_best = _note_best(run, metrics["valid_loss"])
         for reporter in reporters:
             reporter.report(metrics)
 
@@ -98,7 +100,7 @@ def _steps(
             return Outcome(EXIT_FAILED, reason, retry=False)
         if result.stop_asked:
             saver.wait()  # raises on all ranks where one has failed to save
-        if result.stop_asked or _due(run, config.checkpoint.interval):
+        if result.stop_asked or is_best or _due(run, config.checkpoint.interval):
             stall = _save(run, saver)
         if result.stop_asked and progress.step < config.train.steps:
             return stopped(f"saved step {progress.step}", _why_stopped(run, stop))
@@ -133,7 +135,10 @@ def make_saver(run: Run) -> CheckpointSaver:
 
     def committed(target: Path) -> None:
         run.folder.record_commit(step_of(target))
-        prune(run.folder.checkpoints, options.keep, options.keep_every, step_of(target))
+        best = run.best["step"] if run.best else None
+        if best == step_of(target):
+            point_best_to(target)
+        prune(run.folder.checkpoints, options.keep, options.keep_every, step_of(target), best)
         print(f"saved {target}", flush=True)
 
     return CheckpointSaver(run.context, options.asynchronous, committed)
@@ -145,6 +150,15 @@ def _save(run: Run, saver: CheckpointSaver) -> float:
     target = step_folder(run.folder.checkpoints, run.progress.step)
     saver.save(target, run.train_module.optimizer, run.checkpoint_state(), run.tokenizer)
     return time.perf_counter() - start
+
+
+def _note_best(run: Run, loss: float) -> bool:
+    """Whether the model is the best one so far, and the run keeps that."""
+    best = run.best
+    if run.config.checkpoint.keep_best is None or not (best is None or loss < best["valid_loss"]):
+        return False
+    run.best = {"step": run.progress.step, "valid_loss": loss}
+    return True
 
 
 def _validate(run: Run) -> float:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,10 +17,10 @@ from megatron_med.checkpoint.folder import CheckpointState, read_state, resolve_
 from megatron_med.checkpoint.load import check_model, check_tokenizer, load_optimizer, verify_checkpoint
 from megatron_med.config import Config, dump_config
 from megatron_med.data.cache import cache_folder
-from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.loader import BatchLoader
-from megatron_med.data.sources import blend, find_tokenizer, one_pass, open_corpora
-from megatron_med.errors import CheckpointError, UserError
+from megatron_med.data.sources import find_tokenizer
+from megatron_med.data.streams import Corpora, open_split
+from megatron_med.errors import CheckpointError, ConfigError, UserError
 from megatron_med.kernels.backend import describe
 from megatron_med.launch.preflight import preflight
 from megatron_med.model.batch import MicroBatch
@@ -66,8 +67,10 @@ class Run:
     """A run that is ready to train.
 
     Attributes:
+        chat: template of the conversations that the model is trained on, or was.
         frozen: names of all parameters that are not trained.
         horizon: step at which the decay of the learning rate ends.
+        best: lowest validation loss so far and its step.
     """
 
     config: Config
@@ -77,8 +80,10 @@ class Run:
     valid_data: BatchLoader | None
     tokenizer: Tokenizer | None
     progress: Progress
+    chat: dict[str, Any] | None
     frozen: list[str]
     horizon: int
+    best: dict[str, Any] | None
 
     @property
     def context(self) -> ParallelContext:
@@ -95,6 +100,8 @@ class Run:
             optimizer_steps=self.train_module.optimizer.steps,
             initial_lr=self.train_module.optimizer.initial_lr,
             loss_scaler=scaler.state_dict() if scaler is not None else None,
+            chat=self.chat,
+            best=self.best,
             frozen=self.frozen,
             moments_since=self.train_module.optimizer.moments_since,
             settings=settings_of(self.config, self.horizon),
@@ -114,34 +121,58 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     model, data, train = config.model, config.data, config.train
     cache = cache_folder(data.cache_dir)
     tokenizer = find_tokenizer([*data.train, *data.valid], data.tokenizer, model.vocab_size)
-    corpora = open_corpora(data.train, data, train.seed, model.vocab_size, cache)
+    corpora = open_split(data.train, data, train.seed, model.vocab_size, cache)
+    given, config = config, with_steps(config, corpora)
     identity = _identity(config, corpora)
     _on_first_rank(context, lambda: folder.check_identity(identity))
     check_groups(model, config.optimizer.groups)
 
-    train_module = build_train_module(config, context)
+    train_module = _built(config, context)
     trained, frozen = _gather_names(train_module)
     if context.world.is_first:
         print(describe(), flush=True)
-    progress, before = _load(config, folder, train_module, tokenizer, trained, frozen)
+    loaded = _load(config, folder, train_module, tokenizer, trained, frozen)
+    progress, before = loaded.progress, loaded.settings
     horizon = decay_horizon(config, before)
-    _on_first_rank(context, lambda: folder.begin(identity, dump_config(config), progress.step))
+    config = with_warmup(config, horizon)
+    _on_first_rank(context, lambda: folder.begin(identity, dump_config(given), progress.step))
     if before and context.world.is_first:
         _tell_of_changes(config, before, horizon, progress.step)
-    tell_of_repetition(config, context, one_pass(corpora, data.train))
-    remaining = max(0, train.steps - progress.step) * train.global_batch_size
+    for line in corpora.told() if context.world.is_first else ():
+        print(line, flush=True)
+    tell_of_repetition(config, context, corpora.one_pass())
+    remaining = max(0, config.train.steps - progress.step) * train.global_batch_size
     total = max(1, progress.consumed_samples + remaining)
     return Run(
         config=config,
         folder=folder,
         train_module=train_module,
-        train_data=make_loader(config, context, blend(corpora, data.train, total, cache)),
+        train_data=make_loader(config, context, corpora.stream(total)),
         valid_data=_validation_data(config, context, cache),
         tokenizer=tokenizer,
         progress=progress,
+        chat=corpora.chat() or loaded.chat,
+        best=loaded.best,
         frozen=sorted(frozen),
         horizon=horizon,
     )
+
+
+def with_steps(config: Config, corpora: Corpora) -> Config:
+    """The configuration with the steps that ``train.epochs`` means; the last one is filled up from the next epoch."""
+    train = config.train
+    if train.epochs is None:
+        return config
+    samples = corpora.samples_of(train.epochs)
+    return replace(config, train=replace(train, steps=max(1, math.ceil(samples / train.global_batch_size))))
+
+
+def with_warmup(config: Config, horizon: int) -> Config:
+    """The configuration with the steps that ``lr_schedule.warmup_fraction`` means."""
+    schedule = config.lr_schedule
+    if schedule.warmup_fraction is None:
+        return config
+    return replace(config, lr_schedule=replace(schedule, warmup_steps=round(schedule.warmup_fraction * horizon)))
 
 
 def _tell_of_changes(config: Config, before: Settings, horizon: int, step: int) -> None:
@@ -162,6 +193,19 @@ def tell_of_repetition(config: Config, context: ParallelContext, one_pass: int) 
             file=sys.stderr,
             flush=True,
         )
+
+
+def _built(config: Config, context: ParallelContext) -> TrainModule:
+    try:
+        return build_train_module(config, context)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        raise ConfigError(
+            f"the model does not fit into the memory of a rank ({str(error).splitlines()[0][-90:]}). Cut it over more "
+            "ranks (parallel.tensor, parallel.pipeline, parallel.sharding), or make it smaller; tools/plan.py says "
+            "what a rank needs."
+        ) from error
 
 
 def build_train_module(config: Config, context: ParallelContext) -> TrainModule:
@@ -234,29 +278,31 @@ def _validation_data(config: Config, context: ParallelContext, cache: Path) -> B
     """The fixed validation samples: ``train.valid_samples``, or fewer where a corpus would repeat."""
     if not config.train.valid_interval:
         return None
-    sources = config.data.valid
-    corpora = open_corpora(sources, config.data, config.train.seed, config.model.vocab_size, cache)
-    samples = max(1, min(config.train.valid_samples, one_pass(corpora, sources)))
-    return make_loader(config, context, blend(corpora, sources, samples, cache))
+    sources, data = config.data.valid, replace(config.data, samples_per_epoch=None)
+    corpora = open_split(sources, data, config.train.seed, config.model.vocab_size, cache)
+    samples = max(1, min(config.train.valid_samples, corpora.one_pass()))
+    return make_loader(config, context, corpora.stream(samples))
 
 
-def _identity(config: Config, corpora: list[PackedDataset]) -> dict[str, Any]:
+def _identity(config: Config, corpora: Corpora) -> dict[str, Any]:
     """What must stay the same for as long as a RUN lives: the model, the data and their order."""
     model = asdict(config.model)
     model.pop("preset")
-    train = [
-        {"path": source.path, "weight": source.weight, "content": corpus.fingerprint}
-        for source, corpus in zip(config.data.train, corpora, strict=True)
-    ]
     return {
         "model": model,
-        "data": {
-            "sequence_length": config.data.sequence_length,
-            "isolate_documents": config.data.isolate_documents,
-            "train": train,
-        },
+        "data": {"sequence_length": config.data.sequence_length, **corpora.identity()},
         "train": {"seed": config.train.seed},
     }
+
+
+@dataclass
+class _Loaded:
+    """Where a run stands, the settings that have brought it there (none for a new one), and what it has learnt from."""
+
+    progress: Progress
+    settings: Settings
+    chat: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
 
 
 def _load(
@@ -266,13 +312,10 @@ def _load(
     tokenizer: Tokenizer | None,
     trained: set[str],
     frozen: set[str],
-) -> tuple[Progress, Settings]:
+) -> _Loaded:
     """RUN's own latest checkpoint first, then ``checkpoint.load``; else the initial weights.
 
     ``trained`` and ``frozen`` are the names of the whole model's parameters.
-
-    Returns:
-        Where the run stands, and the settings that have brought it there; none for a new one.
     """
     context, optimizer = train_module.context, train_module.optimizer
     resume = _resume_point(folder, context)
@@ -280,7 +323,7 @@ def _load(
     everything = resume is not None or config.checkpoint.load_state == "all"
     if source is None:
         if config.checkpoint.load is None:
-            return Progress(), {}
+            return _Loaded(Progress(), {})
         source = resolve_checkpoint(config.checkpoint.load)
         verify_checkpoint(source, context)
     state = read_state(source)
@@ -300,14 +343,15 @@ def _load(
                 flush=True,
             )
     if not everything:
-        return Progress(), {}
+        return _Loaded(Progress(), {}, state.chat)
     steps = state.optimizer_steps or 0
     began = {name: count for name, count in state.moments_since.items() if name in trained}
     optimizer.resume(steps, began | dict.fromkeys(thawed, steps))
     optimizer.initial_lr = state.initial_lr or optimizer.initial_lr
     if train_module.loss_scaler is not None and state.loss_scaler is not None:
         train_module.loss_scaler.load_state_dict(state.loss_scaler)
-    return Progress(state.step, state.consumed_samples), settings_before(source, state)
+    progress = Progress(state.step, state.consumed_samples)
+    return _Loaded(progress, settings_before(source, state), state.chat, state.best if resume is not None else None)
 
 
 def _in_words(names: list[str]) -> str:

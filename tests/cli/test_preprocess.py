@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from megatron_med.data import pipeline
 from megatron_med.data import preprocess as preprocessing
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.data.indexed_writer import IndexedDatasetWriter
@@ -59,8 +60,8 @@ def _same(one: Path, other: Path) -> bool:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from megatron_med.data import preprocess as module
-module._SECONDS_BETWEEN_POSITIONS = 0.3
+from megatron_med.data import pipeline, preprocess as module
+pipeline._SECONDS_BETWEEN_POSITIONS = 0.3
 arguments = sys.argv[1:]
 module.preprocess(module.PreprocessOptions(
     [Path(name) for name in arguments[3:]], Path(arguments[0]), arguments[1], workers=int(arguments[2]), append_eod=True
@@ -244,17 +245,17 @@ def test_the_summary_adds_up(text: list[Path], whole: Path, tokenizer: Path, tmp
 def test_tasks_in_flight_are_bounded(text: list[Path], tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reader never runs ahead of the workers by more than a few tasks, whatever the size of the input."""
     read = []
-    worker = preprocessing._Worker(str(tokenizer), "text", (), None, "<u2")
-    source = preprocessing._tasks([*spans_of(text, Shard())], 0, 0)
+    encoding = preprocessing._TextEncoding(str(tokenizer), "text", (), None, "<u2")
+    source = pipeline._tasks([*spans_of(text, Shard())], 0, 0)
 
     def counted() -> object:
         for task in source:
             read.append(task)
             yield task
 
-    encoded = preprocessing._encode_all(worker, 2, counted())
+    encoded = pipeline._encode_all(encoding, 2, counted())
     for taken, _ in enumerate(encoded, start=1):
-        assert len(read) - taken <= 2 * preprocessing._TASKS_PER_WORKER
+        assert len(read) - taken <= 2 * pipeline._TASKS_PER_WORKER
         if taken == 12:
             break
     encoded.close()

@@ -156,7 +156,7 @@ def test_a_warm_start_hashes_nothing_and_reads_little(tmp_path: Path, monkeypatc
         raise AssertionError("a warm start reads whole files")
 
     monkeypatch.setattr(cache_module, "sha256", refused)
-    monkeypatch.setattr("megatron_med.data.gpt._fingerprint", refused)
+    monkeypatch.setattr("megatron_med.data.gpt.fingerprint", refused)
     monkeypatch.setattr(IndexedDataset, "token_count", property(refused))
     again = PackedDataset(IndexedDataset(tmp_path / "c"), 128, 1, tmp_path / "cache")
     assert again.parts(12_345)[0][:2] == wanted

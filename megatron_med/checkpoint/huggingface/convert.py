@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from megatron_med.checkpoint.huggingface.checks import check_tensors
 from megatron_med.checkpoint.huggingface.config import from_huggingface, read_config, to_huggingface
 from megatron_med.checkpoint.huggingface.files import open_tensors, write_tensors
 from megatron_med.checkpoint.huggingface.mapping import TensorMap, tensor_maps
+from megatron_med.checkpoint.huggingface.tokenizer import generation_config, write_tokenizer
 from megatron_med.checkpoint.huggingface.verify import verify_logits
 from megatron_med.checkpoint.load import verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
@@ -121,10 +121,9 @@ def export_huggingface(
         bos = loaded.bos_id if loaded else None
         eos = loaded.eod_id if loaded else None
         write_json(partial / "config.json", to_huggingface(config, _HF_DTYPES[torch_dtype], bos, eos))
-        write_json(partial / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos})
+        write_json(partial / "generation_config.json", generation_config(loaded, state.chat))
         if loaded is not None:
-            loaded.copy_to(partial)
-            _complete_tokenizer_config(partial, config.max_position_embeddings)
+            write_tokenizer(partial, loaded, config.max_position_embeddings, state.chat)
         if verify:
             verify_logits(partial, step, config, loaded, rounded=torch_dtype)
 
@@ -170,22 +169,3 @@ def _refuse_overlap(source: Path, target: Path) -> None:
     replaced, read = target.resolve(), source.resolve()
     if replaced == read or replaced in read.parents:
         raise TargetExistsError(f"--to {target} holds {source}, which is read: name another target.")
-
-
-def _complete_tokenizer_config(folder: Path, longest: int) -> None:
-    """Tells Hugging Face the longest sequence, and of a bare SentencePiece model or GPT-2 vocabulary what it is."""
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else _described(folder)
-    write_json(path, config | {"model_max_length": longest}, ensure_ascii=False)
-
-
-def _described(folder: Path) -> dict[str, Any]:
-    if (folder / "tokenizer.model").exists():
-        tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": True, **tokens}
-    if (folder / "merges.txt").exists():
-        return {
-            "tokenizer_class": "GPT2Tokenizer",
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
-        }
-    return {}

@@ -1,0 +1,174 @@
+"""Reads records of any kind of file: JSON lines, a JSON list, a JSON object of records, CSV, TSV and Parquet.
+
+Whatever the file, a record comes as the JSON of one line with its place. Places in JSON lines are bytes, so that a
+run can enter them anywhere; in all other files they are numbers of records.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_med.data import jsonl
+from megatron_med.data.compressed import is_compressed, open_input
+from megatron_med.data.jsonl import Line, Shard, Span
+from megatron_med.errors import DataError
+
+Kind = Literal["lines", "json", "csv", "tsv", "parquet"]
+
+_SNIFFED = 1 << 16
+_LONGEST_CELL = 1 << 24
+_KINDS: dict[str, Kind] = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
+
+
+def kind_of(file: Path) -> Kind:
+    """Of what kind a file is: by its name, and a ``.json`` by how it begins (many hold a record a line)."""
+    name = file.with_suffix("") if is_compressed(file) else file
+    if name.suffix in _KINDS:
+        return _KINDS[name.suffix]
+    return _json_kind(file) if name.suffix == ".json" else "lines"
+
+
+def _json_kind(file: Path) -> Kind:
+    with open_input(file) as stream:
+        head = stream.read(_SNIFFED).lstrip()
+        while head and b"\n" not in head and (more := stream.read(_SNIFFED)):
+            head += more
+    if not head.startswith(b"{"):
+        return "json"
+    try:
+        first = json.loads(head.split(b"\n", 1)[0])
+    except ValueError:
+        return "json"  # one object over several lines
+    return "json" if first and all(isinstance(value, dict) for value in first.values()) else "lines"
+
+
+def spans_of(files: Sequence[Path], shard: Shard) -> list[Span]:
+    """What a shard reads of each file: in JSON lines an equal share of all bytes, elsewhere of each file's records."""
+    lines = [file for file in files if kind_of(file) == "lines"]
+    spans = {span.file: span for span in jsonl.spans_of(lines, shard)}
+    found = []
+    for file in files:
+        if file not in lines:
+            count = len(_read_all(file))
+            span = Span(file, count * shard.index // shard.count, count * (shard.index + 1) // shard.count)
+            found += [span] if span.start < count * (shard.index + 1) // shard.count else []
+        elif file in spans:
+            found.append(spans[file])
+    return found
+
+
+def read_records(spans: Sequence[Span]) -> Iterator[Line]:
+    """Every record of every file or part of one, in order."""
+    for span in spans:
+        if kind_of(span.file) == "lines":
+            yield from jsonl.read_lines([span])
+            continue
+        records = _read_all(span.file)
+        for number in range(span.start, len(records) if span.stop is None else span.stop):
+            content = json.dumps(records[number], ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+            yield Line(span.file, number, content, number + 1)
+
+
+def place_of(file: Path, offset: int) -> str:
+    """``file:line`` or ``file, record N``, of the record at an offset."""
+    return jsonl.place_of(file, offset) if kind_of(file) == "lines" else f"{file}, record {offset + 1}"
+
+
+@dataclass(frozen=True)
+class Units:
+    """What a span's offsets mean for a progress bar: from ``start`` on, each is ``each`` bytes of ``size``."""
+
+    start: int
+    size: float
+    each: float
+
+    def bytes_up_to(self, offset: int) -> float:
+        """Bytes of the span in front of an offset."""
+        return (offset - self.start) * self.each
+
+
+def units_of(span: Span) -> Units:
+    """The units of a span."""
+    size = span.file.stat().st_size
+    if kind_of(span.file) == "lines":
+        return Units(span.start, (span.stop or size) - span.start, 1.0)
+    records = (span.stop or 0) - span.start
+    return Units(span.start, float(size), size / max(1, records))
+
+
+_read: dict[tuple[Path, int, int], list[dict[str, Any]]] = {}  # the file that was read last
+
+
+def _read_all(file: Path) -> list[dict[str, Any]]:
+    """All records of a file that is no JSON lines; the last file stays in memory."""
+    state = file.stat()
+    key = (file, state.st_size, state.st_mtime_ns)
+    if key not in _read:
+        kind = kind_of(file)
+        records = _from_parquet(file) if kind == "parquet" else _from_text(file, kind)
+        _read.clear()
+        _read[key] = records
+    return _read[key]
+
+
+def _from_text(file: Path, kind: Kind) -> list[dict[str, Any]]:
+    with open_input(file) as stream:
+        try:
+            text = stream.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file} is not UTF-8 (byte {error.start}): convert it.") from error
+    return _from_json(file, text) if kind == "json" else _from_csv(file, text, "\t" if kind == "tsv" else ",")
+
+
+def _from_json(file: Path, text: str) -> list[dict[str, Any]]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{error.lineno} is broken JSON ({error.msg}): write it again.") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file} is JSON that cannot be read ({error}): write it again.") from error
+    if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
+        return [{"id": key, **value} for key, value in content.items()]
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    if not isinstance(content, list):
+        content = [content]
+    bad = next((number for number, record in enumerate(content, start=1) if not isinstance(record, dict)), None)
+    if bad is not None:
+        raise DataError(f"{file}, record {bad} is {type(content[bad - 1]).__name__}: an object with fields is needed.")
+    return content
+
+
+def _from_csv(file: Path, text: str, delimiter: str) -> list[dict[str, Any]]:
+    csv.field_size_limit(_LONGEST_CELL)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        records = list(reader)
+    except csv.Error as error:
+        raise DataError(f"{file}:{reader.line_num} is broken CSV ({error}): mend the line.") from error
+    for number, record in enumerate(records, start=1):
+        if None in record or None in record.values():
+            raise DataError(
+                f"{file}, record {number} has another number of cells than the first line has names: mend it."
+            )
+    return records
+
+
+def _from_parquet(file: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{file} needs pyarrow: pip install 'megatron_med[instructions]'.") from error
+    if is_compressed(file):
+        raise DataError(f"{file} is compressed twice: Parquet compresses itself. Unpack it.")
+    try:
+        return pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise DataError(f"{file} is no Parquet file that can be read ({error}): fetch it again.") from error

@@ -1,0 +1,202 @@
+"""The samples of a run, whatever kind its corpora are of: texts packed without a gap, or conversations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_med.config.schema import DataConfig, DataSource
+from megatron_med.data.gpt import PackedDataset
+from megatron_med.data.indexed import token_paths
+from megatron_med.data.instruct import ConversationSet, ConversationStream, open_conversations
+from megatron_med.data.loader import SampleStream
+from megatron_med.data.sources import blend, one_pass, open_corpora, read_side_file, roles_prefix
+from megatron_med.errors import ConfigError, DataError
+
+_CONVERSATION_OPTIONS = ("packing", "truncate", "loss", "loss_average", "samples_per_epoch")
+
+
+class Corpora(Protocol):
+    """The corpora of one split, open."""
+
+    def stream(self, samples: int) -> SampleStream:
+        """So many samples; a longer stream begins with the shorter one."""
+        ...
+
+    def one_pass(self) -> int:
+        """Samples that can be drawn before some text comes again."""
+        ...
+
+    def samples_of(self, epochs: float) -> int:
+        """Samples of so many epochs.
+
+        Raises:
+            ConfigError: nobody can say what an epoch of these corpora is.
+        """
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """What the order and the content of the samples depend on."""
+        ...
+
+    def told(self) -> list[str]:
+        """What was left out or cut, in words."""
+        ...
+
+    def chat(self) -> dict[str, Any] | None:
+        """The template of the conversations: ``template, chat_template, turn_end_id``."""
+        ...
+
+
+def open_split(sources: Sequence[DataSource], data: DataConfig, seed: int, vocab_size: int, cache: Path) -> Corpora:
+    """Opens and checks every corpus of a split.
+
+    Raises:
+        DataError: with the faults of all of them; also where texts and conversations are mixed.
+    """
+    conversations = [is_conversations(source.path) for source in sources]
+    if all(conversations) and sources:
+        return _Conversations(sources, data, seed, vocab_size, cache)
+    if any(conversations):
+        texts = [source.path for source, is_one in zip(sources, conversations, strict=True) if not is_one]
+        raise DataError(
+            f"{', '.join(texts)} holds text, the other corpora hold conversations: one run trains on one kind. Make "
+            "conversations of it, or leave it out."
+        )
+    return _Texts(sources, data, seed, vocab_size, cache)
+
+
+def is_conversations(prefix: str | Path) -> bool:
+    """Whether a corpus was made by ``tools/preprocess_instructions.py``."""
+    return token_paths(roles_prefix(prefix))[1].is_file()
+
+
+@dataclass
+class _Texts:
+    sources: Sequence[DataSource]
+    data: DataConfig
+    seed: int
+    vocab_size: int
+    cache: Path
+
+    def __post_init__(self) -> None:
+        repeated = [source.path for source in self.sources if source.repeat is not None]
+        if repeated or self.data.samples_per_epoch is not None:
+            what = f"{repeated[0]} has repeat" if repeated else "data.samples_per_epoch is set"
+            raise DataError(f"{what}, and holds text: both are for conversations. Mix texts by weight.")
+        self.corpora: list[PackedDataset] = open_corpora(
+            self.sources, self.data, self.seed, self.vocab_size, self.cache
+        )
+
+    def stream(self, samples: int) -> SampleStream:
+        return blend(self.corpora, self.sources, samples, self.cache)
+
+    def one_pass(self) -> int:
+        return one_pass(self.corpora, self.sources)
+
+    def samples_of(self, epochs: float) -> int:
+        if len(self.corpora) > 1:
+            raise ConfigError(
+                f"train.epochs is {epochs}: corpora of text that are mixed by weight end at different times. Set "
+                f"train.steps; the first of them comes again after {self.one_pass():,} samples."
+            )
+        return math.ceil(epochs * self.corpora[0].samples_per_epoch)
+
+    def identity(self) -> dict[str, Any]:
+        train = [
+            {"path": source.path, "weight": source.weight, "content": corpus.fingerprint}
+            for source, corpus in zip(self.sources, self.corpora, strict=True)
+        ]
+        return {"isolate_documents": self.data.isolate_documents, "train": train}
+
+    def told(self) -> list[str]:
+        return []
+
+    def chat(self) -> None:
+        return None
+
+
+@dataclass
+class _Conversations:
+    sources: Sequence[DataSource]
+    data: DataConfig
+    seed: int
+    vocab_size: int
+    cache: Path
+
+    def __post_init__(self) -> None:
+        self.sets: list[ConversationSet] = []
+        faults: list[str] = []
+        for source in self.sources:
+            try:
+                found = open_conversations(source.path, self.data, self.cache)
+                side = read_side_file(source.path)
+                found.data.check_vocabulary(side["tokenizer"]["vocab_size"] if side else self.vocab_size)
+                self.sets.append(found)
+            except DataError as error:
+                faults += error.faults
+        if faults:
+            raise DataError(faults)
+        self._epochs = ConversationStream(self.sets, self.sources, self.data, self.seed, self.cache)
+
+    def stream(self, samples: int) -> SampleStream:
+        return _Limited(self._epochs, samples)
+
+    def one_pass(self) -> int:
+        return self._epochs.samples_up_to(1)
+
+    def samples_of(self, epochs: float) -> int:
+        whole = int(epochs)
+        done = self._epochs.samples_up_to(whole)
+        if epochs == whole:
+            return done
+        return done + math.ceil((epochs - whole) * (self._epochs.samples_up_to(whole + 1) - done))
+
+    def identity(self) -> dict[str, Any]:
+        train = [
+            {"path": source.path, "weight": source.weight, "repeat": source.repeat, "content": found.fingerprint}
+            for source, found in zip(self.sources, self.sets, strict=True)
+        ]
+        return {"train": train, "conversations": {name: getattr(self.data, name) for name in _CONVERSATION_OPTIONS}}
+
+    def told(self) -> list[str]:
+        return [line for found in self.sets for line in found.told]
+
+    def chat(self) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = None
+        for source in self.sources:
+            side = read_side_file(source.path)
+            chat = side.get("chat") if side else None
+            if not isinstance(chat, dict) or not {"template", "chat_template", "turn_end_id"} <= chat.keys():
+                raise DataError(f"{source.path}.json does not tell the template: run preprocess_instructions.py again.")
+            if found is not None and chat["chat_template"] != found["chat_template"]:
+                raise DataError(
+                    f"{source.path} was made with the template {chat['template']}, {self.sources[0].path} with "
+                    f"{found['template']}: a model speaks one. Make all with one template."
+                )
+            found = chat
+        return found
+
+
+@dataclass
+class _Limited:
+    """The beginning of a stream without end."""
+
+    epochs: ConversationStream
+    samples: int
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def sample(self, index: int) -> Any:
+        """Sample ``index`` of the stream."""
+        if not 0 <= index < self.samples:
+            raise IndexError(f"sample {index} of a stream of {self.samples}")
+        return self.epochs.sample(index)
+
+    def source(self, index: int) -> Path:
+        """Prefix of the files that sample ``index`` comes from."""
+        return self.epochs.source(index)
