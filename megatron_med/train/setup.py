@@ -280,6 +280,8 @@ def _validation_data(config: Config, context: ParallelContext, cache: Path) -> B
         return None
     sources, data = config.data.valid, replace(config.data, samples_per_epoch=None)
     corpora = open_split(sources, data, config.train.seed, config.model.vocab_size, cache)
+    for line in corpora.told() if context.world.is_first else ():
+        print(line, flush=True)
     samples = max(1, min(config.train.valid_samples, corpora.one_pass()))
     return make_loader(config, context, corpora.stream(samples))
 

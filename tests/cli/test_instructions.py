@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -391,3 +392,73 @@ def test_data_that_does_not_go_together(
         text, "--train.steps", 0, "--train.epochs", 1, "--data.train", two, "--train.output_dir", tmp_path / "r2"
     )
     assert "end at different times" in done.stderr
+
+
+RECIPES = {
+    "gap_replay/sft/7b.yaml": (64, "a100-80g:8x8"),
+    "biomed_llama/instruct/mixture_a.yaml": (8, "a100-80g:1x8"),
+    "biomed_llama/instruct/mixture_b.yaml": (8, "a100-80g:1x8"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_planned_and_started_dry(name: str) -> None:
+    ranks, cluster = RECIPES[name]
+    recipe = REPOSITORY / "examples" / name
+    planned = python("tools/plan.py", recipe, "--cluster", cluster)
+    assert planned.returncode == 0, planned.stdout + planned.stderr
+    assert "fits:" in planned.stdout
+    dry = python("-m", "megatron_med.train", recipe, "--dry-run", "--world-size", ranks, "--rank", 3)
+    assert dry.returncode == 0, dry.stderr
+    assert "absent: " in dry.stdout
+
+
+def test_meditrons_sets_come_from_its_script(shared: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """A toy run of each: MedQA by letter and PubMedQA explained, from raw file to a trained model."""
+    for task, kind, raw, wanted in (
+        (
+            "medqa",
+            "answer",
+            "medqa_us_4opt_a.jsonl",
+            r"select one correct answer from A to E\. .*The answer is:\n<\|im_end",
+        ),
+        (
+            "pubmedqa",
+            "explained",
+            "pubmedqa_pqal_train500.json",
+            r"statement is correct\? .*The answer is: (yes|no|maybe) ###",
+        ),
+        (
+            "medmcqa",
+            "explained",
+            "medmcqa_dev_a.jsonl",
+            r"entrance exam questions\. .*The answer is: [A-D] ###<\|im_end",
+        ),
+    ):
+        command = [
+            "bash",
+            "examples/gap_replay/sft/prepare.sh",
+            task,
+            kind,
+            shared / "qa" / raw,
+            tmp_path / task,
+            tokenizer,
+        ]
+        done = subprocess.run(
+            list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        for text in _texts(tmp_path / task, tokenizer)[:30]:
+            assert re.search(wanted, text, re.DOTALL), text
+    done = train(
+        REPOSITORY / "examples" / "gap_replay" / "sft" / "7b.yaml",
+        *("--model.preset", "llama-tiny", "--model.vocab_size", 514, "--model.num_layers", 2),
+        *("--model.max_position_embeddings", 1024, "--data.sequence_length", 1024, "--parallel.tensor", 1),
+        *("--data.train", f"[{{path: {tmp_path}/medqa}}]", "--data.valid", f"[{{path: {tmp_path}/medqa}}]"),
+        *("--train.epochs", 0.2, "--train.global_batch_size", 16, "--train.output_dir", tmp_path / "run"),
+        *("--checkpoint.load", "null", "--train.valid_samples", 16, "--optimizer.lr", 3e-3, "--precision", "fp32"),
+    )
+    assert done.returncode == 0, done.stderr
+    lines = read_metrics(tmp_path / "run")
+    assert len(lines) == 8
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_med.config import load_config
 from megatron_med.config.schema import DataConfig, DataSource
 from megatron_med.data.indexed_writer import IndexedDatasetWriter
 from megatron_med.data.instruct import ConversationStream, draw_epoch, open_conversations, shares_of
@@ -18,6 +19,7 @@ from megatron_med.data.packing import best_fit
 from megatron_med.data.sources import roles_prefix
 from megatron_med.errors import DataError
 from megatron_med.tokenizer.chat import ANSWER, CONTEXT, SHARED
+from tests.conftest import REPOSITORY
 
 Conversation = tuple[list[int], list[int]]
 
@@ -162,31 +164,34 @@ def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
         open_conversations(tmp_path / "a", DataConfig(sequence_length=32), tmp_path)
 
 
-MIXTURE_A = {  # samples and published share: USMLE, Alpaca, visual-med, medpalm, its CoT, mmlu-cot, codex-cot
-    "samples": [10178, 51760, 44246, 5, 5, 282, 3],
-    "share": [9.5587, 48.6105, 41.5537, 0.0047, 0.0047, 0.2648, 0.0028],
+PUBLISHED = {
+    "a": ([10178, 51760, 44246, 5, 5, 282, 3], [9.5587, 48.6105, 41.5537, 0.0047, 0.0047, 0.2648, 0.0028]),
+    "b": (
+        [10178, 182822, 211269, 51760, 54412, 24, 19, 19, 282, 3],
+        [21.45, 25.69, 14.84, 18.18, 19.11, 0.05, 0.04, 0.04, 0.6, 0.006],
+    ),
 }
-MIXTURE_B = {  # MedQA, MedMCQA, PubMedQA, Alpaca, visual-med, medpalm, medpalm-cot, medpalm2-cot, mmlu-cot, codex-cot
-    "samples": [10178, 182822, 211269, 51760, 54412, 24, 19, 19, 282, 3],
-    "repeat": [3, 0.2, 0.1, 0.5, 0.5, 5, 3, 3, 3, 3],
-    "share": [21.45, 25.69, 14.84, 18.18, 19.11, 0.05, 0.04, 0.04, 0.6, 0.006],
-}
+"""Samples and share of each file of BioMed-LLaMA's two mixtures, in per cent (its README)."""
+
+
+def _mixture(name: str) -> DataConfig:
+    path = REPOSITORY / "examples" / "biomed_llama" / "instruct" / f"mixture_{name}.yaml"
+    return load_config([str(path)], 8).data
 
 
 def test_the_published_shares_of_biomed_llama() -> None:
     """Within the digits given; medpalm's .05 is not what its weights give (.084): parts of it weigh 1 in the code."""
-    sources = [DataSource(str(number), repeat=1.0) for number in range(7)]
-    np.testing.assert_allclose(100 * shares_of(MIXTURE_A["samples"], sources), MIXTURE_A["share"], atol=6e-5)
-    sources = [DataSource(str(number), repeat=times) for number, times in enumerate(MIXTURE_B["repeat"])]
-    shares = 100 * shares_of(MIXTURE_B["samples"], sources)
+    counts, published = PUBLISHED["a"]
+    np.testing.assert_allclose(100 * shares_of(counts, _mixture("a").train), published, atol=6e-5)
+    counts, published = PUBLISHED["b"]
+    data = _mixture("b")
+    shares = 100 * shares_of(counts, data.train)
     others = [number for number in range(10) if number != 5]
-    np.testing.assert_allclose(shares[others], np.array(MIXTURE_B["share"])[others], atol=1.4e-2)
+    np.testing.assert_allclose(shares[others], np.array(published)[others], atol=1.4e-2)
     assert shares[5] == pytest.approx(0.084, abs=1e-3)
-    data = DataConfig(sequence_length=8, samples_per_epoch=50_000)
-    sets, places = draw_epoch(MIXTURE_B["samples"], sources, data, np.random.RandomState(5), 0, 5)
+    sets, places = draw_epoch(counts, data.train, data, np.random.RandomState(5), 0, 5)
     assert len(sets) == 50_000
-    drawn = np.bincount(sets, minlength=10) / 500
-    np.testing.assert_allclose(drawn, shares, atol=0.8)
+    np.testing.assert_allclose(np.bincount(sets, minlength=10) / 500, shares, atol=0.8)
     medqa = places[sets == 0]
     assert len(np.unique(medqa)) < len(medqa), "with replacement"
     assert medqa.max() < 10178
