@@ -6,12 +6,11 @@ templates of the published systems read.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_med.data.jsonl import BadLine, Line
+from megatron_med.data.jsonl import BadLine, Line, content_of
 from megatron_med.errors import ConfigError, DataError
 
 Answers = Literal["letter", "option", "explained"]
@@ -79,14 +78,7 @@ def record_of(line: Line) -> dict[str, Any]:
     Raises:
         BadLine: it is none.
     """
-    try:
-        record = json.loads(line.content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise BadLine(f"invalid UTF-8 at byte {error.start} of the line") from error
-    except json.JSONDecodeError as error:
-        raise BadLine(f"broken JSON at column {error.colno} ({error.msg})") from error
-    except (ValueError, RecursionError) as error:
-        raise BadLine(f"JSON that cannot be read ({str(error)[:60]})") from error
+    record = content_of(line)
     if not isinstance(record, dict):
         raise BadLine(f"{type(record).__name__}, not an object with fields")
     return record

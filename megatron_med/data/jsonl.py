@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron_med.data.compressed import LONGEST_LINE, TOO_LONG, bounded_lines, is_compressed, open_input, skip_line
 from megatron_med.errors import ConfigError, DataError
@@ -124,16 +124,16 @@ class BadLine(ValueError):
     """Why a line holds no usable text."""
 
 
-def text_of(line: Line, key: str) -> str:
-    """The text of a record.
+def content_of(line: Line) -> Any:
+    """The JSON of a line.
 
     Raises:
-        BadLine: too long, not UTF-8, not JSON, no such key, not a string, or empty.
+        BadLine: too long, not UTF-8, or not JSON.
     """
     if line.end - line.offset > LONGEST_LINE:
         raise BadLine(TOO_LONG)
     try:
-        record = json.loads(line.content.decode("utf-8"))
+        return json.loads(line.content.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise BadLine(f"invalid UTF-8 at byte {error.start} of the line") from error
     except json.JSONDecodeError as error:
@@ -142,6 +142,15 @@ def text_of(line: Line, key: str) -> str:
         raise BadLine("a number of thousands of digits") from error
     except RecursionError as error:
         raise BadLine("JSON that is nested too deeply") from error
+
+
+def text_of(line: Line, key: str) -> str:
+    """The text of a record.
+
+    Raises:
+        BadLine: as ``content_of``; no such key, not a string, or empty.
+    """
+    record = content_of(line)
     if not isinstance(record, dict) or key not in record:
         raise BadLine(f"no key '{key}'")
     text = record[key]

@@ -75,13 +75,18 @@ def is_conversations(prefix: str | Path) -> bool:
 
 
 @dataclass
-class _Texts:
+class _Split:
+    """What every split is opened with; see ``open_split``."""
+
     sources: Sequence[DataSource]
     data: DataConfig
     seed: int
     vocab_size: int
     cache: Path
 
+
+@dataclass
+class _Texts(_Split):
     def __post_init__(self) -> None:
         repeated = [source.path for source in self.sources if source.repeat is not None]
         if repeated or self.data.samples_per_epoch is not None:
@@ -120,13 +125,7 @@ class _Texts:
 
 
 @dataclass
-class _Conversations:
-    sources: Sequence[DataSource]
-    data: DataConfig
-    seed: int
-    vocab_size: int
-    cache: Path
-
+class _Conversations(_Split):
     def __post_init__(self) -> None:
         self.sets: list[ConversationSet] = []
         faults: list[str] = []
