@@ -141,10 +141,10 @@ def _bound(source: str, tokenizer: Tokenizer, name: str) -> str:
 def _need_tokens(name: str, tokens: Sequence[str], tokenizer: Tokenizer) -> None:
     missing = sorted(set(tokens).difference(tokenizer.special_tokens().values()))
     if missing:
-        sets = " chatml" if name == "chatml" else f" {' '.join(missing)}"
+        remedy = "add it with tools/extend_tokenizer.py --tokens chatml" if name == "chatml" else "give one that has it"
         raise DataError(
             f"the template {name} needs the special token {', '.join(missing)}, which {tokenizer.files[0]} does not "
-            f"have: add it with tools/extend_tokenizer.py ... --add{sets}, or take another template."
+            f"have: {remedy}, or take another template."
         )
 
 

@@ -65,11 +65,15 @@ def test_a_full_disk(config: Path, full_disk: Path, tmp_path: Path, sample_data:
     assert python(*export, tmp_path / "hf").returncode == 0
     raw = tmp_path / "large.jsonl"
     raw.write_bytes(SAMPLE.read_bytes() * 2)
+    large = ("--input", SAMPLE, "--vocab-size", 3000, "--output")
+    assert python("tools/train_tokenizer.py", *large, tmp_path / "tk").returncode == 0
+    extend = ("tools/extend_tokenizer.py", "--tokenizer", tmp_path / "tk", "--tokens", "chatml", "--output")
     disk, tokens = full_disk, ("--tokenizer", sample_tokenizer)
     for name, *arguments in (
         ("out.bin", "tools/preprocess_data.py", "--input", raw, "--output-prefix", disk / "out", *tokens),
         ("out.bin", "tools/merge_datasets.py", "--input", sample_data, sample_data, "--output-prefix", disk / "out"),
-        ("out", "tools/train_tokenizer.py", "--input", SAMPLE, "--vocab-size", 3000, "--output", disk / "out"),
+        ("out", "tools/train_tokenizer.py", *large, disk / "out"),
+        ("out", *extend, disk / "out"),
         ("out", *export, disk / "out"),
         ("out", export[0], "import", "--from", tmp_path / "hf", "--to", disk / "out"),
     ):
