@@ -17,7 +17,7 @@ from megatron_med.config.reader import Reader, expand_path, read_yaml
 from megatron_med.config.schema import Config, ModelConfig, RopeScaling
 from megatron_med.config.strict_yaml import MisleadingYAMLError, parse_yaml
 from megatron_med.config.validate import validate
-from megatron_med.errors import ConfigError
+from megatron_med.errors import ConfigError, describe_os_error
 
 INFORMATION_FLAGS = ("-h", "--help", "--print_config")
 """Options that print something and end."""
@@ -69,7 +69,10 @@ def _inform(
     if faults and any(flag.startswith("--print_config") for flag in flags):
         raise ConfigError(faults)
     known = {key: value for key, value in given.items() if _is_known(key)}
-    _parser(program, preset).parse_args(_nested_arguments(known) + flags)
+    try:
+        _parser(program, preset).parse_args(_nested_arguments(known) + flags)
+    except OSError as error:
+        raise ConfigError(f"{flags[0]} cannot be printed: {describe_os_error(error)}") from error
     sys.exit(0)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -371,3 +373,14 @@ def test_an_option_in_two_spellings_is_refused(tmp_path: Path) -> None:
     path.write_text("model: " + "[" * 3000)
     with pytest.raises(ConfigError, match="nested too deeply"):
         load_config([str(path)], 1)
+
+
+def test_a_full_disk_takes_no_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = _write(tmp_path)
+    monkeypatch.setattr("sys.stdout", Full())
+    with pytest.raises(ConfigError, match=r"--print_config cannot be printed: No space left on device"):
+        load_config([path, "--print_config"], 8)
