@@ -82,9 +82,9 @@ def _settle_long(found: ConversationSet, long: Numbers, data: DataConfig) -> Non
         )
     lost = long
     if data.truncate != "drop":
-        kept = [trained_labels(*_read(found, int(number), data), data.loss).any() for number in long]
-        lost = long[~np.array(kept)]
-        cut = sum(_is_answer_cut(found, int(number), data) for number in long)
+        is_kept = np.array([trained_labels(_read(found, int(number), data)[1], data.loss).any() for number in long])
+        lost = long[~is_kept]
+        cut = sum(_is_answer_cut(found, int(number), data) for number in long[is_kept])
         found.told.append(
             f"{prefix}: {len(long) - len(lost):,} conversations are cut on the {data.truncate} to {room:,} tokens; "
             f"{cut:,} of them lose a part of an answer"
@@ -112,7 +112,7 @@ def _read(
     return found.data.read(number, start, length), found.roles.read(number, start, length)
 
 
-def trained_labels(ids: npt.NDArray[np.integer], roles: npt.NDArray[np.integer], loss: str) -> npt.NDArray[np.bool_]:
+def trained_labels(roles: npt.NDArray[np.integer], loss: str) -> npt.NDArray[np.bool_]:
     """Which tokens of a conversation count as labels; the first one is nobody's."""
     trained = roles == ANSWER if loss == "answers" else roles != SHARED
     trained[:1] = False
@@ -293,8 +293,8 @@ def _sample(
     for ids, roles in conversations:
         end = begin + len(ids)
         tokens[begin:end] = ids
-        trained = trained_labels(ids, roles, data.loss)
-        mask[begin:end] = trained / trained.sum() if data.loss_average == "conversation" else trained
+        trained = trained_labels(roles, data.loss)
+        mask[begin:end] = trained / max(1, trained.sum()) if data.loss_average == "conversation" else trained
         lengths.append(len(ids))
         begin = end
     if not data.packing:  # nothing stands in front of the padding that it could disturb

@@ -143,7 +143,7 @@ def test_what_is_too_long(tmp_path: Path) -> None:
     assert opened("drop") == ([0], [f"{prefix}: 2 conversations are too long and are left out"])
     numbers, told = opened("right")
     assert numbers == [0, 1]
-    assert "1 conversations are cut on the right to 4 tokens" in told[0]
+    assert "1 conversations are cut on the right to 4 tokens; 1 of them lose a part of an answer" in told[0]
     assert "would keep nothing that is trained and are left out" in told[1]
     numbers, told = opened("left")
     assert numbers == [0, 1, 2]
