@@ -45,6 +45,8 @@ class CheckpointState:
         initial_lr: peak learning rate that the run began with (decoupled_adamw divides by it).
         loss_scaler: state of the fp16 loss scale.
         chat: ``template, chat_template, turn_end_id`` of the conversations that it was trained on.
+        adapter: settings of LoRA and the base, where the checkpoint holds adapters only (``adapter.py``).
+        new_rows: first and last + 1 of the tokens that were added to the base's vocabulary and never trained.
         best: ``step, valid_loss`` of the lowest validation loss of the run so far.
         frozen: parameters without moments, since they were not trained.
         moments_since: parameter -> updates done when its moments began, where it was frozen before.
@@ -60,6 +62,8 @@ class CheckpointState:
     initial_lr: float | None = None
     loss_scaler: dict[str, float] | None = None
     chat: dict[str, Any] | None = None
+    adapter: dict[str, Any] | None = None
+    new_rows: list[int] | None = None
     best: dict[str, Any] | None = None
     frozen: list[str] = field(default_factory=list)
     moments_since: dict[str, int] = field(default_factory=dict)
@@ -75,7 +79,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "optimizer_steps": (int, type(None)),
     "initial_lr": (int, float, type(None)),
     **dict.fromkeys(("model", "moments_since", "settings", "run"), (dict,)),
-    **dict.fromkeys(("tokenizer", "loss_scaler", "chat", "best"), (dict, type(None))),
+    **dict.fromkeys(("tokenizer", "loss_scaler", "chat", "best", "adapter"), (dict, type(None))),
+    "new_rows": (list, type(None)),
     "frozen": (list,),
 }
 
@@ -301,6 +306,11 @@ def damaged_files(folder: Path, names: list[str]) -> list[str]:
     files = _manifest(folder)
     checksums = sha256_of_all([folder / name for name in names])
     return [name for name, found in zip(names, checksums, strict=True) if found != files[name]["sha256"]]
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """What the manifest says of each file's content."""
+    return {name: described["sha256"] for name, described in _manifest(folder).items()}
 
 
 def damage_error(folder: Path, names: list[str]) -> CheckpointError:

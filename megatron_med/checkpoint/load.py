@@ -7,15 +7,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_med.checkpoint import folder as folders
-from megatron_med.checkpoint.folder import CheckpointState
+from megatron_med.checkpoint.adapter import base_of, lora_of
+from megatron_med.checkpoint.folder import CheckpointState, read_state
 from megatron_med.checkpoint.storage import Reader, load_entries
-from megatron_med.checkpoint.views import moment_name, state_shards, state_views, weight_views
-from megatron_med.config import ModelConfig
+from megatron_med.checkpoint.views import Part, moment_name, state_shards, state_views, weight_views
+from megatron_med.config import ModelConfig, model_from_dict
 from megatron_med.errors import CheckpointError
+from megatron_med.model.build import build_stage
+from megatron_med.model.lora import add_adapters
+from megatron_med.model.transformer import Transformer
 from megatron_med.optim.optimizer import MOMENTS, Optimizer
 from megatron_med.parallel.collectives import gather_objects
 from megatron_med.parallel.context import ParallelContext
@@ -54,7 +59,13 @@ def verify_checkpoint(folder: Path, context: ParallelContext) -> None:
 
 
 def load_optimizer(
-    folder: Path, optimizer: Optimizer, context: ParallelContext, *, moments: bool, without: Collection[str] = ()
+    folder: Path,
+    optimizer: Optimizer,
+    context: ParallelContext,
+    *,
+    moments: bool,
+    without: Collection[str] = (),
+    part: Part = "all",
 ) -> None:
     """Fills masters and frozen weights, and moments where asked, of any topology; the caller copies the masters into
     the model.
@@ -64,17 +75,48 @@ def load_optimizer(
         optimizer, context: of this run.
         moments: whether to load them, too.
         without: parameters whose moments are not there, since they were frozen.
+        part: of the model that the folder holds.
     """
-    shards = state_shards(optimizer, moments)
+    shards = state_shards(optimizer, moments, part)
     for name in without:
         for moment in MOMENTS:
             shards.pop(moment_name(moment, name), None)
     _load(state_views(shards, optimizer, context), folder)
 
 
-def load_weights(folder: Path, module: nn.Module, context: ParallelContext) -> None:
+def load_stage(
+    folder: Path,
+    context: ParallelContext,
+    dtype: torch.dtype,
+    layers_per_stage: list[int] | None = None,
+    base: str | Path | None = None,
+) -> Transformer:
+    """This rank's stage of the model in a step folder, adapters beside the weights of their base.
+
+    Args:
+        folder: of one step.
+        context: the grid.
+        dtype: of the arithmetic.
+        layers_per_stage: layers of each stage; None splits them by cost.
+        base: where the base of adapters is; None: where it was.
+    """
+    state = read_state(folder)
+    model = model_from_dict(state.model)
+    stage = build_stage(model, context, dtype, layers_per_stage)
+    if state.adapter is None:
+        load_weights(folder, stage, context)
+        return stage
+    add_adapters([stage], model, lora_of(state))
+    weights = base_of(folder, state, base)
+    verify_checkpoint(weights, context)
+    load_weights(weights, stage, context, "base")
+    load_weights(folder, stage, context, "adapters")
+    return stage
+
+
+def load_weights(folder: Path, module: nn.Module, context: ParallelContext, part: Part = "all") -> None:
     """Fills a stage's parameters, converted to their type."""
-    _load(weight_views(module, context), folder)
+    _load(weight_views(module, context, part), folder)
     broken = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
     if any(gather_objects(bool(broken), context.world)):
         what = (

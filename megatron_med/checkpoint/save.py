@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.checkpoint.storage import first_cause, make_writer
-from megatron_med.checkpoint.views import state_shards, state_views
+from megatron_med.checkpoint.views import Part, state_shards, state_views
 from megatron_med.errors import CheckpointError
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.collectives import gather_objects
@@ -37,7 +37,7 @@ def save_checkpoint(
 
     Args:
         target: ``RUN/checkpoints/step-...``.
-        optimizer: masters and moments, and the frozen weights.
+        optimizer: masters and moments, and the frozen weights; of adapters without those of their base.
         context: the grid.
         state: what ``state.json`` says.
         tokenizer: its files are copied beside the weights.
@@ -45,7 +45,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written, e.g. the disk is full; earlier checkpoints are untouched.
     """
-    entries = state_views(state_shards(optimizer), optimizer, context)
+    entries = state_views(state_shards(optimizer, part=_saved_part(state)), optimizer, context)
     _write(target, entries, context.world, state, tokenizer)
 
 
@@ -84,7 +84,7 @@ class CheckpointSaver:
     ) -> None:
         """Copies the state, and begins to write it once the save before is done; see ``save_checkpoint``."""
         self.wait()
-        shards = state_shards(optimizer)
+        shards = state_shards(optimizer, part=_saved_part(state))
         if not self._asynchronous:
             self._write(target, shards, optimizer, state, tokenizer)
             return
@@ -139,6 +139,10 @@ class CheckpointSaver:
         _write(target, state_views(shards, optimizer, self._context), self._world, state, tokenizer)
         if self._world.is_first:
             self._on_commit(target)
+
+
+def _saved_part(state: CheckpointState) -> Part:
+    return "all" if state.adapter is None else "adapters"
 
 
 def _write(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -11,6 +13,13 @@ from torch.distributed.tensor.placement_types import Placement
 from megatron_med.optim.optimizer import MOMENTS, Optimizer
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.parameters import ParameterLayout, parameters_with_layout
+
+Part = Literal["all", "adapters", "base"]
+"""Which parameters: adapters, the weights that they stand beside, or both."""
+
+
+def _belongs(layout: ParameterLayout, part: Part) -> bool:
+    return part == "all" or layout.adapter == (part == "adapters")
 
 
 class GlobalViews:
@@ -43,21 +52,29 @@ class GlobalViews:
         return DTensor.from_local(local, self._mesh, [over_tp, over_dp], run_check=False, shape=shape, stride=stride)
 
 
-def weight_views(module: nn.Module, context: ParallelContext) -> dict[str, Tensor]:
+def weight_views(module: nn.Module, context: ParallelContext, part: Part = "all") -> dict[str, Tensor]:
     """A stage's parameters by canonical name."""
     views = GlobalViews(context)
-    return {layout.name: views.of_parameter(parameter, layout) for layout, parameter in parameters_with_layout(module)}
+    return {
+        layout.name: views.of_parameter(parameter, layout)
+        for layout, parameter in parameters_with_layout(module)
+        if _belongs(layout, part)
+    }
 
 
-def state_shards(optimizer: Optimizer, moments: bool = True) -> dict[str, Tensor]:
+def state_shards(optimizer: Optimizer, moments: bool = True, part: Part = "all") -> dict[str, Tensor]:
     """This rank's part of all that training needs, by name: fp32 master weights and frozen weights by canonical name,
     AdamW's moments as ``optimizer.<moment>.<name>``. Memory is shared, never copied.
 
     Empty shards (a dimension shorter than the ranks) are left out.
     """
-    shards = {item.layout.name: item.weight for item in optimizer.frozen if item.weight.numel()}
+    shards = {
+        item.layout.name: item.weight
+        for item in optimizer.frozen
+        if item.weight.numel() and _belongs(item.layout, part)
+    }
     for item in optimizer.owned:
-        if item.master.numel() == 0:
+        if item.master.numel() == 0 or not _belongs(item.layout, part):
             continue
         shards[item.layout.name] = item.master.detach()
         for moment in MOMENTS if moments else ():

@@ -225,6 +225,34 @@ class OptimizerConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """Low-rank adapters (Hu et al. 2021): W stays, alpha / rank x B A is trained beside it."""
+
+    rank: int = 0
+    """Rows of A and columns of B. 0: no adapters, everything is trained."""
+    alpha: float = 16.0
+    """The product B A counts alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the input of A."""
+    targets: list[str] | None = None
+    """Matrices that get adapters: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj (llama); c_attn,
+    c_proj, c_fc (gpt2). null: q_proj and v_proj, or c_attn."""
+    rslora: bool = False
+    """The product counts alpha / sqrt(rank) instead (Kalajdzievski 2023)."""
+    lr_scale_b: float = 1.0
+    """Factor of B's learning rate (LoRA+, Hayou et al. 2024: 16)."""
+    train_rows: Literal["new"] | None = None
+    """new: also train the rows of tokens that were added to the base's vocabulary, in embedding and head."""
+    base: str | None = field(default=None, metadata=PATH)
+    """Checkpoint of the frozen weights. null: checkpoint.load, or the one that the loaded adapter names."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of the product B A."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclass
 class LRScheduleConfig:
     """Learning rate over the steps."""
 
@@ -314,6 +342,8 @@ class Config:
     """The optimizer."""
     lr_schedule: LRScheduleConfig = field(default_factory=LRScheduleConfig)
     """Learning rate over the steps."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters that are trained in place of the weights."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)

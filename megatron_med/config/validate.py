@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_med.config.lora import lora_faults
 from megatron_med.config.ranges import DROPOUTS, counts, numbers
 from megatron_med.config.schema import Config, LRScheduleConfig, ModelConfig, ParallelConfig
 from megatron_med.files import RUN_IDENTITY
@@ -21,6 +22,7 @@ def validate(config: Config, world_size: int) -> list[str]:
         *_tensor_cut(config.model, config.parallel),
         *_pipeline_cut(config.model, config.parallel),
         *_schedule(config.parallel),
+        *lora_faults(config),
         *_batch(config, world_size),
         *_sharding(config, world_size),
         *numbers(config),

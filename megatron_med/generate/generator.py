@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from megatron_med.checkpoint.folder import TOKENIZER, read_state, resolve_checkpoint
-from megatron_med.checkpoint.load import load_weights, verify_checkpoint
+from megatron_med.checkpoint.load import load_stage, verify_checkpoint
 from megatron_med.config import ParallelConfig, model_from_dict
 from megatron_med.config.validate import cut_faults
 from megatron_med.errors import CheckpointError, ConfigError
 from megatron_med.generate.sampling import Sampling, next_token
 from megatron_med.model.batch import plain_batch
-from megatron_med.model.build import build_stage
 from megatron_med.model.cache import KeyValueCache
 from megatron_med.parallel.collectives import broadcast, gather_last_dim
 from megatron_med.parallel.context import ParallelContext
@@ -53,8 +52,7 @@ class Generator:
         if faults:
             raise ConfigError(faults)
         self._context = context
-        self._stage = build_stage(self.config, context, dtype, layers_per_stage).eval()
-        load_weights(step, self._stage, context)
+        self._stage = load_stage(step, context, dtype, layers_per_stage).eval()
         self._link = PipelineLink(context, dtype)
         stored = step / TOKENIZER
         self.tokenizer: Tokenizer | None = load_tokenizer(stored) if stored.is_dir() else None

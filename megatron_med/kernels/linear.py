@@ -46,7 +46,9 @@ class DenseLinear(LocalLinear):
     """Weights in the precision that the model computes with: fp32, bf16 or fp16. Saves nothing."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return F.linear(x, _matrix(weight), None if bias is None else bias.flatten()), ()
+        out = F.linear(x, _matrix(weight), None if bias is None else bias.flatten())
+        # With a bias torch gives a view of what nobody else holds; autograd would refuse to let adapters add to it.
+        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out, ()
 
     def input_grad(self, weight: Tensor, saved: tuple[Tensor, ...], grad: Tensor) -> Tensor:
         return grad @ _matrix(weight)

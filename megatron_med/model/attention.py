@@ -14,22 +14,23 @@ from megatron_med.model.batch import MicroBatch
 from megatron_med.model.cache import KeyValueCache
 from megatron_med.model.recompute import KEEP_ALL, Recompute, recomputed
 from megatron_med.parallel.context import ParallelContext
+from megatron_med.parallel.parameters import RowBlocks
 from megatron_med.parallel.random import DropoutRegion
 from megatron_med.parallel.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 
-def qkv_parts(config: ModelConfig) -> dict[str, Tensor]:
+def qkv_parts(config: ModelConfig) -> dict[str, RowBlocks]:
     """Rows of q, k and v in the joint weight.
 
     Rows are ordered ``(group, {query heads of the group..., key, value}, head_dim)``, so that any
     tensor-parallel cut takes whole groups.
     """
-    groups, queries, width = config.num_query_groups, config.queries_per_group, config.head_dim
-    rows = torch.arange(groups * (queries + 2) * width).view(groups, queries + 2, width)
+    queries, width = config.queries_per_group * config.head_dim, config.head_dim
+    stride = queries + 2 * width
     return {
-        "q": rows[:, :queries].flatten(),
-        "k": rows[:, queries].flatten(),
-        "v": rows[:, queries + 1].flatten(),
+        "q": RowBlocks(0, queries, stride),
+        "k": RowBlocks(queries, width, stride),
+        "v": RowBlocks(queries + width, width, stride),
     }
 
 
@@ -86,7 +87,7 @@ class Attention(nn.Module):
             cache: keys and values of earlier tokens; the new ones are added.
             rotary: cos and sin, ``[seq, batch, 1, head_dim]``.
         """
-        mixed = self.qkv(x)  # [seq, batch, groups/tp * (queries + 2) * head_dim]
+        mixed = self.qkv(x, batch.dropout_key)  # [seq, batch, groups/tp * (queries + 2) * head_dim]
         seq, samples = mixed.shape[:2]
         mixed = mixed.view(seq, samples, -1, self.queries + 2, self.head_dim)
         query = mixed[..., : self.queries, :].reshape(seq, samples, -1, self.head_dim)
@@ -96,7 +97,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
             assert seq in (1, key.shape[0]), "after the prompt, tokens come one at a time"
-        return self.output(self._core(query, key, value, batch))
+        return self.output(self._core(query, key, value, batch), batch.dropout_key)
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, batch: MicroBatch) -> Tensor:
         """``[seq, batch, heads, head_dim]`` and keys and values of the groups -> ``[seq, batch, heads * head_dim]``."""

@@ -65,7 +65,7 @@ class GPT2Layer(nn.Module):
         key = batch.dropout_key
         attended = self.attention(self.attention_norm(x), batch, cache)
         x = x + self.attention_dropout(attended, key, self.training)
-        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x)), key, self.training)
+        return x + self.mlp_dropout(self.mlp(self.mlp_norm(x), key), key, self.training)
 
 
 class GPT2(Transformer):

@@ -36,7 +36,7 @@ class LlamaLayer(nn.Module):
         self, x: Tensor, batch: MicroBatch, cache: KeyValueCache | None, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), batch, cache, rotary)
-        return x + self.mlp(self.mlp_norm(x))
+        return x + self.mlp(self.mlp_norm(x), batch.dropout_key)
 
 
 class Llama(Transformer):

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from megatron_med.config import ModelConfig
 from megatron_med.kernels import functional as kernels
 from megatron_med.parallel.context import ParallelContext
+from megatron_med.parallel.parameters import RowBlocks
 from megatron_med.parallel.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 
-def gate_up_parts(config: ModelConfig) -> dict[str, Tensor]:
+def gate_up_parts(config: ModelConfig) -> dict[str, RowBlocks]:
     """Rows of gate and up in the joint weight ``[2, ffn, hidden]`` seen as ``[2 * ffn, hidden]``."""
-    rows = torch.arange(2 * config.ffn_hidden_size).view(2, -1)
-    return {"gate": rows[0], "up": rows[1]}
+    width = config.ffn_hidden_size
+    return {"gate": RowBlocks(0, width, 2 * width), "up": RowBlocks(width, width, 2 * width)}
 
 
 def _down(config: ModelConfig, context: ParallelContext, dtype: torch.dtype, bias: bool) -> RowParallelLinear:
@@ -44,8 +45,8 @@ class GatedMLP(nn.Module):
         )
         self.down = _down(config, context, dtype, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(kernels.swiglu(self.gate_up(x)))
+    def forward(self, x: Tensor, dropout_key: str = "") -> Tensor:
+        return self.down(kernels.swiglu(self.gate_up(x, dropout_key)), dropout_key)
 
 
 class MLP(nn.Module):
@@ -62,5 +63,5 @@ class MLP(nn.Module):
         )
         self.down = _down(config, context, dtype, bias=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(kernels.gelu_tanh(self.up(x)))
+    def forward(self, x: Tensor, dropout_key: str = "") -> Tensor:
+        return self.down(kernels.gelu_tanh(self.up(x, dropout_key)), dropout_key)

@@ -68,8 +68,8 @@ class Optimizer:
         decay = self._config.weight_decay if item.layout.weight_decay else 0.0
         group = group_of(item.layout.name, self._config.groups)
         if group is None:
-            return 1.0, decay
-        return group.lr_scale, decay if group.weight_decay is None else group.weight_decay
+            return item.layout.lr_scale, decay
+        return item.layout.lr_scale * group.lr_scale, decay if group.weight_decay is None else group.weight_decay
 
     def _state(self, master: torch.nn.Parameter) -> dict[str, Tensor]:
         assert self._adamw is not None, "there are masters"

@@ -114,6 +114,41 @@ def reduce_from_tensor_parallel(tensor: Tensor, axis: Axis, sequence_parallel: b
     return function.apply(tensor, axis)
 
 
+class _CopyToTensorParallel(Function):
+    """Forward: identity. Backward: all-reduce. (Megatron's f)"""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(gradients[0].contiguous().clone(), ctx.axis), None
+
+
+class _GatherFromSequence(Function):
+    """Forward: all-gather the sequence. Backward: reduce-scatter it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather_first_dim(tensor, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter_first_dim(gradients[0], ctx.axis), None
+
+
+def copy_to_tensor_parallel(tensor: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
+    """``[seq(/tp), ...] -> [seq, ...]``: what every rank multiplies by weights of its own. Gradients are summed
+    over the ranks."""
+    if axis.size == 1:
+        return tensor
+    function = _GatherFromSequence if sequence_parallel else _CopyToTensorParallel
+    return function.apply(tensor, axis)
+
+
 def gather_last_dim(tensor: Tensor, axis: Axis) -> Tensor:
     """``[..., n]`` on each rank -> ``[..., n * size]``. No gradient: for logits that are looked at."""
     if axis.group is None:

@@ -5,6 +5,7 @@ A tensor-parallel shard is always one contiguous slice of the global tensor, so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, cast
@@ -30,8 +31,10 @@ class ParameterLayout:
         grad_contributions: contributions to its gradient in one backward pass; 2 where one stage holds embedding and
             tied head.
         trained: whether the optimizer changes it.
+        adapter: it stands beside the weights of a base and is saved without them.
         weight_decay: whether weight decay applies.
-        init: normal (mean 0, ``init_std``), ones or zeros.
+        lr_scale: factor of the learning rate.
+        init: normal or uniform (mean 0, ``init_std``), ones or zeros.
         name: canonical name, equal under every topology: ``layers.12.attention.qkv.weight``. It is the parameter's path
             in the whole model, and given by ``name_parameters``.
     """
@@ -44,8 +47,10 @@ class ParameterLayout:
     shared: bool = False
     grad_contributions: int = 1
     trained: bool = True
+    adapter: bool = False
     weight_decay: bool = True
-    init: Literal["normal", "ones", "zeros"] = "normal"
+    lr_scale: float = 1.0
+    init: Literal["normal", "uniform", "ones", "zeros"] = "normal"
     init_std: float = 0.02
     name: str = ""
 
@@ -61,6 +66,27 @@ class ParameterLayout:
         if self.tp_dim is None:
             return tensor
         return tensor.chunk(tp.size, self.tp_dim)[tp.rank]
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """Rows of a named part: of every ``stride`` rows of the weight the ``length`` ones from ``start``."""
+
+    start: int
+    length: int
+    stride: int
+
+    def rows(self, total: int) -> Tensor:
+        """Their indices among ``total`` rows."""
+        return self.of(torch.arange(total)).flatten()
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Their place in the last dimension: ``[..., total] -> [..., total / stride, length]``, a view."""
+        return tensor.unflatten(-1, (-1, self.stride)).narrow(-1, self.start, self.length)
+
+    def cut(self, tp: Axis) -> RowBlocks:
+        """The same of a tensor-parallel shard that takes a slice of every block."""
+        return RowBlocks(self.start // tp.size, self.length // tp.size, self.stride // tp.size)
 
 
 def make_parameter(layout: ParameterLayout, context: ParallelContext, dtype: torch.dtype) -> nn.Parameter:
@@ -134,5 +160,10 @@ def initialise(module: nn.Module, context: ParallelContext, seed: int) -> None:
             parameter.zero_()
         else:
             generator = generator_of(seed, layout.name)
-            whole = torch.empty(layout.global_shape).normal_(std=layout.init_std, generator=generator)
+            whole = torch.empty(layout.global_shape)
+            if layout.init == "uniform":
+                bound = math.sqrt(3) * layout.init_std
+                whole.uniform_(-bound, bound, generator=generator)
+            else:
+                whole.normal_(std=layout.init_std, generator=generator)
             parameter.copy_(layout.cut(whole, context.tp))

@@ -22,7 +22,8 @@ Settings = dict[str, Any]
 _DECAY = "lr_schedule.decay_steps"
 _STEPS = "train.steps"
 _SINGLE = (_STEPS, "train.global_batch_size", "train.valid_samples", "precision")
-_SECTIONS = ("optimizer", "lr_schedule")
+_SECTIONS = ("optimizer", "lr_schedule", "lora")
+_PLACES = ("lora.base",)
 _DROPOUTS = ("model.embedding_dropout", "model.hidden_dropout", "model.attention_dropout")
 
 
@@ -99,7 +100,7 @@ def _select(tree: dict[str, Any]) -> Settings:
         if isinstance(options, dict)
         for key, value in options.items()
     } | {key: value for key, value in tree.items() if not isinstance(value, dict)}
-    names = [name for name in flat if name in _SINGLE or name.partition(".")[0] in _SECTIONS]
+    names = [name for name in flat if name in _SINGLE or (name.partition(".")[0] in _SECTIONS and name not in _PLACES)]
     if any(flat.get(name) for name in _DROPOUTS):
         names.append("train.micro_batch_size")  # masks are seeded by micro-batch
     return {name: flat[name] for name in names if name in flat}

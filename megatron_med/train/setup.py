@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from megatron_med.checkpoint.folder import CheckpointState, read_state, resolve_checkpoint
-from megatron_med.checkpoint.load import check_model, check_tokenizer, load_optimizer, verify_checkpoint
+from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.config import Config, dump_config
 from megatron_med.data.cache import cache_folder
 from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import find_tokenizer
 from megatron_med.data.streams import Corpora, open_split
-from megatron_med.errors import CheckpointError, ConfigError, UserError
+from megatron_med.errors import ConfigError
 from megatron_med.kernels.backend import describe
 from megatron_med.launch.preflight import preflight
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, build_chunks
+from megatron_med.model.lora import add_adapters
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
 from megatron_med.optim.groups import check_groups, freeze_groups
 from megatron_med.optim.loss_scale import LossScaler
 from megatron_med.optim.optimizer import Optimizer
-from megatron_med.parallel.collectives import broadcast_object, gather_objects
+from megatron_med.parallel.collectives import gather_objects
 from megatron_med.parallel.context import ParallelContext, create_context
 from megatron_med.parallel.data_parallel.base import DataParallel
 from megatron_med.parallel.data_parallel.buckets import BucketedDataParallel
@@ -38,28 +37,10 @@ from megatron_med.parallel.data_parallel.fully_sharded import FullyShardedDataPa
 from megatron_med.parallel.parameters import initialise
 from megatron_med.parallel.pipeline_parallel.engine import PipelineEngine
 from megatron_med.tokenizer import Tokenizer
-from megatron_med.train.continuity import (
-    Settings,
-    beyond_horizon,
-    changes,
-    decay_horizon,
-    settings_before,
-    settings_of,
-)
+from megatron_med.train.continuity import Settings, beyond_horizon, changes, decay_horizon, settings_of
+from megatron_med.train.loading import Progress, load_state, on_first_rank
 from megatron_med.train.run_folder import RunFolder
 from megatron_med.train.step import TrainModule
-
-T = TypeVar("T")
-
-_NAMES_SHOWN = 3
-
-
-@dataclass
-class Progress:
-    """Where the run stands; all that a resume needs besides the tensors."""
-
-    step: int = 0
-    consumed_samples: int = 0
 
 
 @dataclass
@@ -68,6 +49,8 @@ class Run:
 
     Attributes:
         chat: template of the conversations that the model is trained on, or was.
+        adapter: what the run's checkpoints say of its adapters, where it trains such.
+        new_rows: tokens that were added to the base's vocabulary and are not trained.
         frozen: names of all parameters that are not trained.
         horizon: step at which the decay of the learning rate ends.
         best: lowest validation loss so far and its step.
@@ -81,6 +64,8 @@ class Run:
     tokenizer: Tokenizer | None
     progress: Progress
     chat: dict[str, Any] | None
+    adapter: dict[str, Any] | None
+    new_rows: list[int] | None
     frozen: list[str]
     horizon: int
     best: dict[str, Any] | None
@@ -101,6 +86,8 @@ class Run:
             initial_lr=self.train_module.optimizer.initial_lr,
             loss_scaler=scaler.state_dict() if scaler is not None else None,
             chat=self.chat,
+            adapter=self.adapter,
+            new_rows=self.new_rows,
             best=self.best,
             frozen=self.frozen,
             moments_since=self.train_module.optimizer.moments_since,
@@ -117,25 +104,25 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     """
     context = create_context(config.parallel, device, timedelta(minutes=config.train.timeout_minutes))
     preflight(context)
-    _on_first_rank(context, folder.claim)
+    on_first_rank(context, folder.claim)
     model, data, train = config.model, config.data, config.train
     cache = cache_folder(data.cache_dir)
     tokenizer = find_tokenizer([*data.train, *data.valid], data.tokenizer, model.vocab_size)
     corpora = open_split(data.train, data, train.seed, model.vocab_size, cache)
     given, config = config, with_steps(config, corpora)
     identity = _identity(config, corpora)
-    _on_first_rank(context, lambda: folder.check_identity(identity))
+    on_first_rank(context, lambda: folder.check_identity(identity))
     check_groups(model, config.optimizer.groups)
 
     train_module = _built(config, context)
     trained, frozen = _gather_names(train_module)
     if context.world.is_first:
         print(describe(), flush=True)
-    loaded = _load(config, folder, train_module, tokenizer, trained, frozen)
+    loaded = load_state(config, folder, train_module, tokenizer, trained, frozen)
     progress, before = loaded.progress, loaded.settings
     horizon = decay_horizon(config, before)
     config = with_warmup(config, horizon)
-    _on_first_rank(context, lambda: folder.begin(identity, dump_config(given), progress.step))
+    on_first_rank(context, lambda: folder.begin(identity, dump_config(given), progress.step))
     if before and context.world.is_first:
         _tell_of_changes(config, before, horizon, progress.step)
     for line in corpora.told() if context.world.is_first else ():
@@ -152,6 +139,8 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
         tokenizer=tokenizer,
         progress=progress,
         chat=corpora.chat() or loaded.chat,
+        adapter=loaded.adapter,
+        new_rows=None if "embedding.word.weight" in trained else loaded.new_rows,
         best=loaded.best,
         frozen=sorted(frozen),
         horizon=horizon,
@@ -213,6 +202,7 @@ def build_train_module(config: Config, context: ParallelContext) -> TrainModule:
     dtype = DTYPES[config.precision]
     recompute = Recompute(config.recompute, config.recompute_interval)
     chunks = build_chunks(config.model, context, dtype, config.parallel, recompute)
+    add_adapters(chunks, config.model, config.lora)
     initialise(chunks, context, config.train.seed)
     freeze_groups(chunks, config.optimizer.groups)
     data_parallel = _data_parallel(chunks, context, dtype, config.parallel.sharding)
@@ -231,9 +221,11 @@ def build_train_module(config: Config, context: ParallelContext) -> TrainModule:
 
 
 def _gather_names(train_module: TrainModule) -> tuple[set[str], set[str]]:
-    """Names of all trained and of all frozen parameters of the model."""
+    """Names of all trained and of all frozen parameters of the model; of adapters without those of their base."""
     optimizer = train_module.optimizer
-    own = [item.layout.name for item in optimizer.owned], [item.layout.name for item in optimizer.frozen]
+    adapters = any(item.layout.adapter for item in optimizer.owned)
+    frozen_here = [item.layout.name for item in optimizer.frozen if item.layout.adapter or not adapters]
+    own = [item.layout.name for item in optimizer.owned], frozen_here
     parts = gather_objects(own, train_module.context.world)
     trained, frozen = ({name for part in parts for name in part[kind]} for kind in (0, 1))
     return trained, frozen
@@ -243,23 +235,6 @@ def _data_parallel(chunks: nn.ModuleList, context: ParallelContext, dtype: torch
     if sharding == "full":
         return FullyShardedDataParallel(chunks, context, dtype)
     return BucketedDataParallel(chunks, context, shard=sharding == "optimizer")
-
-
-def _on_first_rank(context: ParallelContext, action: Callable[[], T]) -> T:
-    """Runs ``action`` on rank 0; every rank gets its value, or raises its fault, so that all of them end together."""
-    failure: UserError | None = None
-    value: Any = None
-    if context.world.is_first:
-        try:
-            value = action()
-        except UserError as error:
-            failure = error
-    kind, faults, value = broadcast_object(
-        (type(failure), failure.faults, None) if failure else (None, [], value), context.world
-    )
-    if kind is not None:
-        raise kind(faults)
-    return value
 
 
 def make_loader(config: Config, context: ParallelContext, dataset: Any) -> BatchLoader:
@@ -295,81 +270,3 @@ def _identity(config: Config, corpora: Corpora) -> dict[str, Any]:
         "data": {"sequence_length": config.data.sequence_length, **corpora.identity()},
         "train": {"seed": config.train.seed},
     }
-
-
-@dataclass
-class _Loaded:
-    """Where a run stands, the settings that have brought it there (none for a new one), and what it has learnt from."""
-
-    progress: Progress
-    settings: Settings
-    chat: dict[str, Any] | None = None
-    best: dict[str, Any] | None = None
-
-
-def _load(
-    config: Config,
-    folder: RunFolder,
-    train_module: TrainModule,
-    tokenizer: Tokenizer | None,
-    trained: set[str],
-    frozen: set[str],
-) -> _Loaded:
-    """RUN's own latest checkpoint first, then ``checkpoint.load``; else the initial weights.
-
-    ``trained`` and ``frozen`` are the names of the whole model's parameters.
-    """
-    context, optimizer = train_module.context, train_module.optimizer
-    resume = _resume_point(folder, context)
-    source = resume
-    everything = resume is not None or config.checkpoint.load_state == "all"
-    if source is None:
-        if config.checkpoint.load is None:
-            return _Loaded(Progress(), {})
-        source = resolve_checkpoint(config.checkpoint.load)
-        verify_checkpoint(source, context)
-    state = read_state(source)
-    check_model(state, config.model, source)
-    check_tokenizer(state, tokenizer.describe() if tokenizer else None, source)
-    thawed = sorted(trained.intersection(state.frozen)) if everything else []
-    load_optimizer(source, optimizer, context, moments=everything, without=thawed)
-    train_module.data_parallel.start_param_sync()
-    if context.world.is_first:
-        print(f"loaded {source} ({'all' if everything else 'weights'})", flush=True)
-        if thawed:
-            print(f"trained from here on, with fresh moments: {_in_words(thawed)} (frozen in {source})", flush=True)
-        dropped = sorted(frozen.difference(state.frozen)) if state.optimizer_steps is not None and everything else []
-        if dropped:
-            print(
-                f"frozen from here on, stored in {config.precision}, their moments dropped: {_in_words(dropped)}",
-                flush=True,
-            )
-    if not everything:
-        return _Loaded(Progress(), {}, state.chat)
-    steps = state.optimizer_steps or 0
-    began = {name: count for name, count in state.moments_since.items() if name in trained}
-    optimizer.resume(steps, began | dict.fromkeys(thawed, steps))
-    optimizer.initial_lr = state.initial_lr or optimizer.initial_lr
-    if train_module.loss_scaler is not None and state.loss_scaler is not None:
-        train_module.loss_scaler.load_state_dict(state.loss_scaler)
-    progress = Progress(state.step, state.consumed_samples)
-    return _Loaded(progress, settings_before(source, state), state.chat, state.best if resume is not None else None)
-
-
-def _in_words(names: list[str]) -> str:
-    """A few names, and how many more there are."""
-    shown = ", ".join(names[:_NAMES_SHOWN])
-    return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
-
-
-def _resume_point(folder: RunFolder, context: ParallelContext) -> Path | None:
-    """RUN's newest sound checkpoint; damaged ones are named and stepped back from."""
-    source = _on_first_rank(context, folder.resume_point)
-    while source is not None:
-        try:
-            verify_checkpoint(source, context)
-            return source
-        except CheckpointError as error:
-            fault, damaged = error, source
-            source = _on_first_rank(context, lambda: folder.step_back(damaged, fault))  # noqa: B023  (called at once)
-    return None

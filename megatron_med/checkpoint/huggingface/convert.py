@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_med.checkpoint import folder as folders
+from megatron_med.checkpoint.adapter import MERGE
+from megatron_med.checkpoint.create import new_step
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.checkpoint.huggingface.checks import check_tensors
 from megatron_med.checkpoint.huggingface.config import from_huggingface, read_config, to_huggingface
@@ -57,21 +59,18 @@ def import_huggingface(
     refuse_existing(target, overwrite)
     loaded = _tokenizer_of(source, tokenizer, pretrained)
     config = replace(pretrained, vocab_size=max(pretrained.vocab_size, loaded.vocab_size if loaded else 0))
-    with output_folder(target, overwrite) as checkpoints:
-        final = folders.step_folder(checkpoints, 0)
-        partial = folders.begin(final)
+    new_rows = [pretrained.vocab_size, config.vocab_size] if config.vocab_size > pretrained.vocab_size else None
+    with new_step(target, overwrite, loaded) as partial:
         precision = _write_weights(source, partial, config, pretrained.vocab_size)
         state = CheckpointState(
             model=asdict(config),
             tokenizer=loaded.describe() if loaded else None,
+            new_rows=new_rows,
             run={"precision": precision, "imported": True},
         )
         folders.write_state(partial, state)
-        if loaded is not None:
-            loaded.copy_to(partial / folders.TOKENIZER)
         if verify:
             verify_logits(source, partial, config, loaded, compared=pretrained.vocab_size)
-        folders.commit(final, folders.describe_files(partial, folders.file_names(partial)))
     return folders.step_folder(target, 0)
 
 
@@ -107,6 +106,11 @@ def export_huggingface(
     refuse_existing(target, overwrite)
     verify_checkpoint(step, single_process_context())
     state = folders.read_state(step)
+    if state.adapter is not None:
+        raise CheckpointError(
+            f"{step} holds adapters only. tools/convert_adapter.py export writes them as a PEFT folder; for a whole "
+            f"model merge them first: {MERGE.format(adapter=step)}"
+        )
     config = model_from_dict(state.model)
     torch_dtype = DTYPES[dtype or state.run.get("precision", "fp32")]
     stored_tokenizer = step / folders.TOKENIZER

@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_med.checkpoint.load import load_weights
+from megatron_med.checkpoint.load import load_stage
 from megatron_med.config import ModelConfig
 from megatron_med.errors import CheckpointError
 from megatron_med.model.batch import plain_batch
-from megatron_med.model.build import build_stage
+from megatron_med.model.transformer import Transformer
 from megatron_med.parallel.context import single_process_context
 from megatron_med.parallel.random import generator_of
 from megatron_med.tokenizer import Tokenizer
@@ -55,12 +55,12 @@ def verify_logits(
     except ImportError as error:
         raise CheckpointError("--verify needs transformers: pip install 'megatron_med[verify]'.") from error
     transformers_logging.disable_progress_bar()
-    ids = _ids(config, tokenizer)
+    ids = sample_ids(config, tokenizer)
     hf_model = AutoModelForCausalLM.from_pretrained(huggingface, dtype=torch.float32).eval()
     with torch.no_grad():
         hf_logits = hf_model(ids).logits.float()
     del hf_model
-    logits = checkpoint_logits(checkpoint, config, ids, rounded)[..., :compared]
+    logits = checkpoint_logits(checkpoint, ids, rounded)[..., :compared]
     difference = (logits - hf_logits).abs().max().item()
     limit = TOLERANCE * max(1.0, hf_logits.abs().max().item())
     if not difference <= limit:
@@ -73,20 +73,23 @@ def verify_logits(
 
 
 @torch.no_grad()
-def checkpoint_logits(
-    checkpoint: Path, config: ModelConfig, ids: Tensor, rounded: torch.dtype = torch.float32
-) -> Tensor:
+def checkpoint_logits(checkpoint: Path, ids: Tensor, rounded: torch.dtype = torch.float32) -> Tensor:
     """fp32 logits ``[batch, seq, vocabulary]`` of a checkpoint on one process."""
-    context = single_process_context()
-    stage = build_stage(config, context, torch.float32)
-    load_weights(checkpoint, stage, context)
+    stage = load_stage(checkpoint, single_process_context(), torch.float32)
     for parameter in stage.parameters():
         parameter.copy_(parameter.to(rounded))
+    return logits_of(stage, ids)
+
+
+@torch.no_grad()
+def logits_of(stage: Transformer, ids: Tensor) -> Tensor:
+    """fp32 logits ``[batch, seq, vocabulary]`` of a whole model on one process."""
     logits = stage.eval()(None, plain_batch(ids))
-    return logits.transpose(0, 1)[..., : config.vocab_size].float()
+    return logits.transpose(0, 1)[..., : stage.config.vocab_size].float()
 
 
-def _ids(config: ModelConfig, tokenizer: Tokenizer | None) -> Tensor:
+def sample_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> Tensor:
+    """Token ids ``[batch, seq]`` of a real text, or seeded random ones where there is no tokenizer."""
     length = min(64, config.max_position_embeddings)
     if tokenizer is not None:
         return torch.tensor([tokenizer.encode(_TEXT)[:length]])

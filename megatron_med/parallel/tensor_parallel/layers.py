@@ -5,6 +5,7 @@ A parallel linear is three steps: collective, local product, collective. Groups 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from megatron_med.kernels.linear import DenseLinear, LocalLinear
 from megatron_med.parallel.collectives import reduce_from_tensor_parallel
 from megatron_med.parallel.context import ParallelContext
-from megatron_med.parallel.parameters import ParameterLayout, make_parameter
+from megatron_med.parallel.parameters import ParameterLayout, RowBlocks, layout_of, make_parameter
 from megatron_med.parallel.pipeline_parallel.weight_grad_store import WeightGradStore
 from megatron_med.parallel.tensor_parallel.linear import InputMode, LinearPlan, parallel_linear
+from megatron_med.parallel.tensor_parallel.lora import ColumnParallelLoRA, LoRA, LoRASettings, Place, RowParallelLoRA
 
 
 class ParallelLinear(nn.Module):
@@ -25,6 +27,7 @@ class ParallelLinear(nn.Module):
 
     Attributes:
         local: the products, for the format of the weight.
+        lora: adapters beside the weight, where there are some.
         weight_grads: takes deferred weight gradients; see ``share_weight_grad_store``.
     """
 
@@ -35,12 +38,18 @@ class ParallelLinear(nn.Module):
         super().__init__()
         self.context = context
         self.local: LocalLinear = DenseLinear()
+        self.lora: LoRA | None
+        self.register_module("lora", None)
         self.weight_grads = WeightGradStore()
 
     def product(self, x: Tensor, bias: Tensor | None, mode: InputMode) -> Tensor:
         """The autograd function on this rank's shard of the weight."""
         mode = mode if self.context.tp.size > 1 else "local"
         return parallel_linear(x, self.weight, bias, LinearPlan(self.local, mode, self.context, self.weight_grads))
+
+    def adapted(self, x: Tensor, out: Tensor, dropout_key: str) -> Tensor:
+        """``out`` with what the adapters add for the input ``x``."""
+        return out if self.lora is None else self.lora(x, out, dropout_key)
 
 
 def share_weight_grad_store(modules: Iterable[nn.Module], store: WeightGradStore) -> None:
@@ -56,7 +65,7 @@ class ColumnParallelLinear(ParallelLinear):
     Args:
         shape: global shape of the weight, ``(out, in)``, or ``(parts, out, in)`` where several products share
             the input: then the result is ``[seq, batch, parts * out/tp]``, part by part.
-        parts: named parts of the weight's rows; ``bias`` has the same ones.
+        parts: named parts of the weight's rows, all ``parts * out`` of them; ``bias`` has the same ones.
         weight: another module's weight to share instead of an own one (a tied head).
     """
 
@@ -68,12 +77,14 @@ class ColumnParallelLinear(ParallelLinear):
         *,
         bias: bool,
         init_std: float,
-        parts: Mapping[str, Tensor] | None = None,
+        parts: Mapping[str, RowBlocks] | None = None,
         weight: nn.Parameter | None = None,
     ) -> None:
         super().__init__(context)
+        self.parts = parts or {}
         tp_dim = len(shape) - 2
-        layout = ParameterLayout(shape, tp_dim=tp_dim, dp_dim=tp_dim, parts=parts or {}, init_std=init_std)
+        rows = self.rows_of_parts(math.prod(shape[:-1]))
+        layout = ParameterLayout(shape, tp_dim=tp_dim, dp_dim=tp_dim, parts=rows, init_std=init_std)
         self.weight = make_parameter(layout, context, dtype) if weight is None else weight
         self.bias = None
         if bias:
@@ -81,14 +92,39 @@ class ColumnParallelLinear(ParallelLinear):
                 shape[:-1],
                 tp_dim=tp_dim,
                 dp_dim=tp_dim,
-                parts=parts or {},
+                parts=rows,
                 weight_decay=False,
                 init="zeros",
             )
             self.bias = make_parameter(bias_layout, context, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.bias, "gather" if self.context.sequence_parallel else "copy")
+    def rows_of_parts(self, total: int) -> dict[str, Tensor]:
+        """Indices of each named part among the ``total`` rows of the whole weight."""
+        return {name: blocks.rows(total) for name, blocks in self.parts.items()}
+
+    def add_lora(self, targets: Mapping[str, str | None], settings: LoRASettings, region: str) -> None:
+        """Adapters for named parts of the weight.
+
+        Args:
+            targets: name of each adapter, and its part; None: the whole weight.
+            settings: of all adapters.
+            region: names the dropout masks.
+        """
+        shape = layout_of(self.weight).global_shape
+        total = math.prod(shape[:-1])
+        places: dict[str, Place] = {}
+        for name, part in targets.items():
+            if part is None:
+                places[name] = Place(total, self.rows_of_parts(total), None)
+            else:
+                blocks = self.parts[part]
+                count = total // blocks.stride * blocks.length
+                places[name] = Place(count, {}, blocks if len(shape) == 2 else blocks.cut(self.context.tp))
+        self.lora = ColumnParallelLoRA(places, shape[-1], settings, self.context, self.weight.dtype, region)
+
+    def forward(self, x: Tensor, dropout_key: str = "") -> Tensor:
+        out = self.product(x, self.bias, "gather" if self.context.sequence_parallel else "copy")
+        return self.adapted(x, out, dropout_key)
 
 
 class RowParallelLinear(ParallelLinear):
@@ -109,8 +145,14 @@ class RowParallelLinear(ParallelLinear):
         if bias:
             self.bias = make_parameter(replicated_layout(shape[:1], "zeros", context), context, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.product(x, None, "local")
+    def add_lora(self, targets: Mapping[str, str | None], settings: LoRASettings, region: str) -> None:
+        """Adapters for the whole weight; see ``ColumnParallelLinear.add_lora``."""
+        rows, width = layout_of(self.weight).global_shape
+        places = dict.fromkeys(targets, Place(rows, {}, None))
+        self.lora = RowParallelLoRA(places, width, settings, self.context, self.weight.dtype, region)
+
+    def forward(self, x: Tensor, dropout_key: str = "") -> Tensor:
+        out = self.adapted(x, self.product(x, None, "local"), dropout_key)
         out = reduce_from_tensor_parallel(out, self.context.tp, self.context.sequence_parallel)
         return out if self.bias is None else out + self.bias
 

@@ -1,0 +1,148 @@
+"""LoRA like PEFT's and like an unsharded run: from one adapter with a B that is not zero, under every grid."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from megatron_med.checkpoint.folder import CheckpointState, step_folder
+from megatron_med.checkpoint.huggingface.convert import export_huggingface
+from megatron_med.checkpoint.huggingface.peft import AdapterTensor, adapter_tensors, import_adapter
+from megatron_med.checkpoint.save import save_checkpoint
+from megatron_med.config.schema import Config, LoRAConfig
+from megatron_med.optim.lr_schedule import learning_rate
+from megatron_med.train.loading import load_state
+from megatron_med.train.run_folder import RunFolder
+from megatron_med.train.step import compute_gradients
+from megatron_med.train.timers import StepTimer
+from tests.ranks import run_ranks
+from tests.training import MODELS, _gradient_shard, gather, make_config, one_step, set_up
+
+ALL = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+}
+RANK, ALPHA, LR = 4, 12.0, 1e-3
+
+GRIDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one process": (1, {"sharding": "none"}),
+    "tensor 2": (2, {"tensor": 2}),
+    "tensor 2, no sequence parallelism": (2, {"tensor": 2, "sequence_parallel": False}),
+    "pipeline 2": (2, {"pipeline": 2}),
+    "data 2": (2, {"sharding": "optimizer"}),
+    "all eight": (8, {"tensor": 2, "pipeline": 2}),
+    "full sharding": (2, {"sharding": "full"}),
+    "full sharding, all eight": (8, {"tensor": 2, "pipeline": 2, "sharding": "full"}),
+    "interleaved": (4, {"tensor": 2, "pipeline": 2, "virtual_stages": 2, "schedule": "interleaved"}),
+    "zero bubble": (2, {"pipeline": 2, "schedule": "zero_bubble"}),
+}
+
+
+def _config(prefix: Path, family: str, parallel: dict[str, Any], load: Path | None) -> Config:
+    config = make_config(prefix, MODELS[family], **parallel)
+    config.optimizer.lr = LR
+    config.lr_schedule.warmup_steps = 0
+    config.lr_schedule.name = "constant"
+    config.optimizer.weight_decay = 0.0
+    if load is not None:
+        config.lora = LoRAConfig(rank=RANK, alpha=ALPHA, targets=ALL[family])
+        config.checkpoint.load = str(load)
+    return config
+
+
+def _save_base(config: Config, folder: Path) -> list[np.ndarray]:
+    """Saves initial weights as a checkpoint and as a Hugging Face folder; every batch of the run."""
+    train_module, loader = set_up(config)
+    state = CheckpointState(model=asdict(config.model), optimizer_steps=0, run={"precision": "fp32"})
+    save_checkpoint(step_folder(folder, 0), train_module.optimizer, train_module.context, state=state)
+    export_huggingface(folder, folder.parent / "hf")
+    size = config.train.global_batch_size
+    batches = []
+    for step in range(1, config.train.steps + 1):
+        micro_batches = loader.load((step - 1) * size, size, step)
+        batches.append(torch.cat([torch.cat([b.tokens, b.labels[:, -1:]], dim=1) for b in micro_batches]).numpy())
+    return batches
+
+
+def _train_peft(folder: Path, family: str, batches: list[np.ndarray]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Writes an adapter with a B that is not zero, then trains it with PEFT and torch alone."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=ALL[family], fan_in_fan_out=family == "gpt2"
+    )
+    adapted = peft.get_peft_model(model, settings).train()
+    generator = torch.Generator().manual_seed(5)
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.normal_(std=0.1, generator=generator)
+    adapted.save_pretrained(folder / "peft")
+    adamw = torch.optim.AdamW(trained.values(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    losses, first = [], {}
+    for batch in batches:
+        ids = torch.from_numpy(batch)
+        logits = adapted(input_ids=ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        adamw.zero_grad()
+        loss.backward()
+        first = first or {n.replace(".default", ""): p.grad.clone() for n, p in trained.items() if p.grad is not None}
+        torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        adamw.step()
+        losses.append(loss.item())
+    return losses, first
+
+
+def train_adapter(config: Config) -> tuple[list[float], list[float], list[Any]]:
+    """As ``tests.training.train_ranks``, from the adapter that ``checkpoint.load`` names."""
+    train_module, loader = set_up(config)
+    trained = {item.layout.name for item in train_module.optimizer.owned}
+    load_state(config, RunFolder(Path("unused")), train_module, None, trained, set())
+    size = config.train.global_batch_size
+    compute_gradients(train_module, loader.load(0, size, 1), StepTimer(torch.device("cpu")))
+    shards = [_gradient_shard(train_module, item) for item in train_module.optimizer.owned]
+    losses, norms = [], []
+    for step in range(1, config.train.steps + 1):
+        lr = learning_rate(config.lr_schedule, config.optimizer.lr, step, config.train.steps)
+        result = one_step(train_module, loader, step, size, lr)
+        losses.append(result.loss)
+        norms.append(result.gradient_norm)
+    return losses, norms, shards
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def reference(request: pytest.FixtureRequest, sample_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Family, folder with base and adapter, and PEFT's losses and first gradients."""
+    family = request.param
+    folder = tmp_path_factory.mktemp(family)
+    config = _config(sample_data, family, {"sharding": "none"}, None)
+    (batches,) = run_ranks(1, _save_base, config, folder / "base")
+    losses, gradients = _train_peft(folder, family, batches)
+    import_adapter(folder / "peft", folder / "adapter", folder / "base")
+    return family, folder, losses, gradients
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_twenty_steps_equal_peft(reference: Any, sample_data: Path, grid: str) -> None:
+    family, folder, losses, gradients = reference
+    ranks, parallel = GRIDS[grid]
+    config = _config(sample_data, family, parallel, folder / "adapter")
+    ours = gather(run_ranks(ranks, train_adapter, config))
+    known = adapter_tensors(config.model, config.lora)
+    assert {one.name for one in known} == gradients.keys()
+    assert ours.gradients.keys() == {one.layout.name for one in known}
+    for one in known:
+        _same(one, ours.gradients[one.layout.name], gradients[one.name])
+    assert losses[-1] < losses[0] - 0.02
+    np.testing.assert_allclose(ours.losses, losses, rtol=1e-5)
+
+
+def _same(one: AdapterTensor, mine: np.ndarray, theirs: torch.Tensor) -> None:
+    difference = (one.to_peft(torch.from_numpy(mine)) - theirs).abs().max()
+    assert difference <= 1e-5 * theirs.abs().max(), one.name
