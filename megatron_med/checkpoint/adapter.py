@@ -32,6 +32,11 @@ def lora_of(state: CheckpointState) -> LoRAConfig:
     return LoRAConfig(**{name: value for name, value in (state.adapter or {}).items() if name in known})
 
 
+def rows_of(state: CheckpointState) -> range | None:
+    """Tokens that were added to a base's vocabulary and that nothing but adapters has trained."""
+    return None if state.new_rows is None else range(*state.new_rows)
+
+
 def weights_digest(step: Path) -> str:
     """Names the weights of a step: a checksum over those of its data files, in whatever order they were written."""
     data = sorted(checksum for name, checksum in checksums(step).items() if name.endswith(".distcp"))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_med.checkpoint import folder as folders
-from megatron_med.checkpoint.adapter import base_of, lora_of
+from megatron_med.checkpoint.adapter import base_of, lora_of, rows_of
 from megatron_med.checkpoint.folder import CheckpointState, read_state
 from megatron_med.checkpoint.storage import Reader, load_entries
 from megatron_med.checkpoint.views import Part, moment_name, state_shards, state_views, weight_views
@@ -106,7 +106,7 @@ def load_stage(
     if state.adapter is None:
         load_weights(folder, stage, context)
         return stage
-    add_adapters([stage], model, lora_of(state))
+    add_adapters([stage], model, lora_of(state), rows_of(state))
     weights = base_of(folder, state, base)
     verify_checkpoint(weights, context)
     load_weights(weights, stage, context, "base")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -11,21 +10,20 @@ import torch
 from torch import Tensor
 
 from megatron_med.checkpoint import folder as folders
-from megatron_med.checkpoint.adapter import base_of, lora_of
+from megatron_med.checkpoint.adapter import base_of, lora_of, rows_of
 from megatron_med.checkpoint.create import new_step
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.checkpoint.huggingface.verify import logits_of, sample_ids
 from megatron_med.checkpoint.load import load_stage, verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
-from megatron_med.config import ModelConfig, model_from_dict
+from megatron_med.config import model_from_dict
 from megatron_med.config.lora import LoRATarget, targets_of
-from megatron_med.config.schema import LoRAConfig
 from megatron_med.errors import CheckpointError
 from megatron_med.model.build import DTYPES, build_stage
 from megatron_med.outputs import refuse_existing
 from megatron_med.parallel.context import single_process_context
 from megatron_med.parallel.parameters import ParameterLayout, parameters_with_layout
-from megatron_med.parallel.tensor_parallel.layers import ParallelLinear
+from megatron_med.parallel.tensor_parallel.layers import ParallelLinear, VocabParallelEmbedding
 from megatron_med.tokenizer import Tokenizer, load_tokenizer
 
 TOLERANCE = 1e-5
@@ -59,8 +57,7 @@ def merge_adapter(
     verify_checkpoint(weights, single_process_context())
     stored = step / folders.TOKENIZER
     tokenizer = load_tokenizer(stored) if stored.is_dir() else None
-    model, lora = model_from_dict(state.model), lora_of(state)
-    merged = _Merged(model, lora, Reader(weights), Reader(step))
+    merged = _Merged(state, Reader(weights), Reader(step))
     change = _verify(step, weights, merged, tokenizer, DTYPES[dtype])
     with new_step(target, overwrite, tokenizer) as folder:
         layouts = merged.layouts
@@ -69,10 +66,10 @@ def merge_adapter(
         write_streaming(folder, specs, make)
         run = {"precision": dtype, "merged": {"adapter": str(step.resolve()), "base": str(weights.resolve())}}
         described = CheckpointState(
-            model=asdict(model),
+            model=state.model,
             tokenizer=state.tokenizer,
             chat=state.chat,
-            new_rows=None if lora.train_rows else state.new_rows,
+            new_rows=None if lora_of(state).train_rows else state.new_rows,
             run=run,
         )
         folders.write_state(folder, described)
@@ -82,8 +79,10 @@ def merge_adapter(
 class _Merged:
     """The merged weights by canonical name, each made when it is asked for."""
 
-    def __init__(self, model: ModelConfig, lora: LoRAConfig, base: Reader, adapters: Reader) -> None:
+    def __init__(self, state: CheckpointState, base: Reader, adapters: Reader) -> None:
+        model, lora = model_from_dict(state.model), lora_of(state)
         self._lora = lora
+        self._new_rows = rows_of(state) or range(0)
         self._base = base
         self._adapters = adapters
         self._targets = targets_of(model, lora)
@@ -96,6 +95,9 @@ class _Merged:
 
     def _in_fp32(self, name: str) -> Tensor:
         weight = self._base.read(name).float()
+        rows_of_vocabulary = f"{name.removesuffix('weight')}new_rows.weight"
+        if rows_of_vocabulary in self._adapters.shapes():
+            weight[self._new_rows.start : self._new_rows.stop] += self._adapters.read(rows_of_vocabulary).float()
         found = _WEIGHT.fullmatch(name)
         if found is None:
             return weight
@@ -121,7 +123,9 @@ def _verify(step: Path, weights: Path, merged: _Merged, tokenizer: Tokenizer | N
     beside = logits_of(stage, ids)
     for module in stage.modules():
         if isinstance(module, ParallelLinear):
-            module.lora = None
+            module.lora = module.new_rows = None
+        elif isinstance(module, VocabParallelEmbedding):
+            module.new_rows = None
     for layout, parameter in parameters_with_layout(stage):
         parameter.copy_(merged.weight(layout.name))
     limit = TOLERANCE * max(1.0, beside.abs().max().item())

@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from megatron_med.config.schema import ModelConfig, ParameterGroupConfig
+from megatron_med.config.schema import LoRAConfig, ModelConfig, ParameterGroupConfig
 from megatron_med.errors import ConfigError
 from megatron_med.model.build import build_stage
+from megatron_med.model.lora import add_adapters
 from megatron_med.parallel.context import single_process_context
 from megatron_med.parallel.parameters import freeze, parameters_with_layout
 
@@ -29,8 +30,9 @@ def freeze_groups(modules: Iterable[nn.Module], groups: Sequence[ParameterGroupC
                 freeze(parameter)
 
 
-def check_groups(model: ModelConfig, groups: Sequence[ParameterGroupConfig]) -> None:
-    """Refuses groups that cannot be meant, before anything of the model is made; see ``group_faults``.
+def check_groups(model: ModelConfig, groups: Sequence[ParameterGroupConfig], lora: LoRAConfig) -> None:
+    """Refuses groups that cannot be meant, before anything of the model is made; see ``group_faults``. With adapters
+    they are groups of these.
 
     Raises:
         ConfigError: with every fault.
@@ -38,7 +40,8 @@ def check_groups(model: ModelConfig, groups: Sequence[ParameterGroupConfig]) -> 
     if not groups:
         return
     stage = build_stage(model, single_process_context(torch.device("meta")), torch.float32)
-    faults = group_faults({layout.name for layout, _ in parameters_with_layout(stage)}, groups)
+    add_adapters([stage], model, lora, range(1))
+    faults = group_faults({layout.name for layout, _ in parameters_with_layout(stage) if layout.trained}, groups)
     if faults:
         raise ConfigError(faults)
 

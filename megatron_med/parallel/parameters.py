@@ -78,7 +78,7 @@ class RowBlocks:
 
     def rows(self, total: int) -> Tensor:
         """Their indices among ``total`` rows."""
-        return self.of(torch.arange(total)).flatten()
+        return self.of(torch.arange(total)).flatten().clone()  # else a part of one block would hold all numbers
 
     def of(self, tensor: Tensor) -> Tensor:
         """Their place in the last dimension: ``[..., total] -> [..., total / stride, length]``, a view."""

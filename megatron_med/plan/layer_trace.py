@@ -19,10 +19,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_med.config import Config, ModelConfig
 from megatron_med.config.layers import Chunk
-from megatron_med.config.schema import OverlapConfig
+from megatron_med.config.schema import LoRAConfig, OverlapConfig
 from megatron_med.launch.fake import start_fake_process_group
 from megatron_med.model.batch import MicroBatch, plain_batch
 from megatron_med.model.build import DTYPES, FAMILIES
+from megatron_med.model.lora import add_adapters
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
 from megatron_med.parallel.context import Axis, ParallelContext
@@ -46,6 +47,7 @@ class LayerShape:
     """
 
     model: ModelConfig
+    lora: LoRAConfig
     tensor: int
     sequence_parallel: bool
     overlap_tensor: bool
@@ -103,6 +105,7 @@ def shape_of(config: Config) -> LayerShape:
     parallel = config.parallel
     return LayerShape(
         model=config.model,
+        lora=config.lora,
         tensor=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
         overlap_tensor=parallel.overlap.tensor,
@@ -170,7 +173,12 @@ class ChunkTrace:
     @cached_property
     def backward_excess(self) -> float:
         """The same of a backward pass, which begins with the head and frees layer after layer."""
-        excess = self.ends.backward_excess if self.has_head else 0.0
+        return max(self.ends.backward_excess if self.has_head else 0.0, self.layers_backward_excess)
+
+    @cached_property
+    def layers_backward_excess(self) -> float:
+        """The same without the head."""
+        excess = 0.0
         freed = 0.0
         for kind in reversed(self.layers):
             excess = max(excess, kind.two.backward_excess - freed)
@@ -241,6 +249,7 @@ def trace_layers(shape: LayerShape) -> LayerTrace:
     with FakeTensorMode(allow_non_fake_inputs=True):
         chunk = Chunk(range(shape.layers), shape.has_embedding, shape.has_head)
         stage = FAMILIES[shape.model.family](shape.model, context, chunk, dtype, shape.recompute)
+        add_adapters([stage], shape.model, shape.lora)
         for layout, parameter in parameters_with_layout(stage):
             if _within_its_layer(layout.name) in shape.frozen:
                 freeze(parameter)

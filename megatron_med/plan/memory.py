@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 
 from megatron_med.parallel.pipeline_parallel.schedule import GENERATORS, Action, Forward
 from megatron_med.parallel.pipeline_parallel.simulation import alive_during, messages_waiting, simulate
+from megatron_med.plan.layer_trace import ChunkTrace
 from megatron_med.plan.stage_model import StageModel
 
 BATCH_BYTES = 3 * 8 + 4
@@ -66,28 +67,42 @@ def _peak_memory(stage: StageModel, messages: Mapping[Action, int]) -> Memory:
         stage: any.
         messages: its actions in order, with the messages that it has sent and still keeps while each runs.
     """
-    config, state, traces = stage.config, stage.state, stage.traces
+    config, state = stage.config, stage.state
+    activations, sent = _at_peak(stage, messages, lambda trace: trace.backward_excess)
+    # All micro-batches of a step are on the device.
+    samples = stage.micro_batches * config.train.micro_batch_size
+    batch = samples * config.data.sequence_length * BATCH_BYTES
+    if config.parallel.sharding == "full":
+        in_layers, sent_there = _at_peak(stage, messages, lambda trace: trace.layers_backward_excess)
+        moments = [
+            (in_layers, sent_there + _gathered_layers(stage, in_layers)),
+            (activations, sent + _gathered_at_the_head(stage)),
+        ]
+        activations, others = max(moments, key=sum)
+    else:
+        # Travelling buckets and gathered weights peak at other moments than activations: only what rises above counts.
+        others = max(sent, _while_reducing(stage) - activations, _gathered_weights(stage) - activations)
+    return Memory(state.weights, state.gradients, state.optimizer, activations, batch + others)
+
+
+def _at_peak(
+    stage: StageModel, messages: Mapping[Action, int], backward_excess: Callable[[ChunkTrace], float]
+) -> tuple[float, float]:
+    """Activations and messages at the worst moment of a step."""
+    config, traces = stage.config, stage.traces
     alive = alive_during(list(messages), lambda chunk: traces[chunk].kept, lambda chunk: traces[chunk].kept_for_weights)
     # One message more is received ahead of time.
     received_ahead = int(config.parallel.overlap.pipeline)
     activations, sent = 0.0, 0
     for action, kept in alive:
         trace = traces[action.chunk]
-        here = kept + (trace.forward_excess if isinstance(action, Forward) else trace.backward_excess)
+        here = kept + (trace.forward_excess if isinstance(action, Forward) else backward_excess(trace))
         waiting = 0
         if config.parallel.pipeline > 1:
             waiting = (messages[action] + received_ahead) * stage.hidden_bytes
         if here + waiting > activations + sent:
             activations, sent = here, waiting
-    # All micro-batches of a step are on the device.
-    samples = stage.micro_batches * config.train.micro_batch_size
-    batch = samples * config.data.sequence_length * BATCH_BYTES
-    if config.parallel.sharding == "full":
-        others = sent + _gathered_layers(stage, activations)
-    else:
-        # Travelling buckets and gathered weights peak at other moments than activations: only what rises above counts.
-        others = max(sent, _while_reducing(stage) - activations, _gathered_weights(stage) - activations)
-    return Memory(state.weights, state.gradients, state.optimizer, activations, batch + others)
+    return activations, sent
 
 
 def _while_reducing(stage: StageModel) -> float:
@@ -116,27 +131,38 @@ def _gathered_weights(stage: StageModel) -> float:
     return float(stage.itemsize * sum((state.shards + 1) * bucket.shard for bucket in state.buckets))
 
 
-def _gathered_layers(stage: StageModel, activations: float) -> float:
-    """FSDP2 holds whole: two layers, the buffer that one was gathered in, and the chunk's own parameters; in a pipeline
-    all of them, until their last backward pass. One layer's gradients travel in fp32 when its activations are gone,
-    those of embedding and head when all are."""
-    held: dict[str, int] = {}
-    travelling: dict[str, int] = {}
+def _whole_units(stage: StageModel, only_trained: bool = False) -> tuple[list[int], int]:
+    """Elements of each layer, and of what is around the layers."""
+    units: dict[str, int] = {}
     for parameter in stage.state.parameters:
         kind, *rest = parameter.layout.name.split(".")
-        unit = rest[0] if kind == "layers" else "around"
-        held[unit] = held.get(unit, 0) + parameter.elements
-        travelling[unit] = travelling.get(unit, 0) + parameter.elements * parameter.layout.trained
-    around, around_travelling = held.pop("around", 0), travelling.pop("around", 0)
+        unit = rest[0] if kind == "layers" else ""
+        units[unit] = units.get(unit, 0) + parameter.elements * (parameter.layout.trained or not only_trained)
+    around = units.pop("", 0)
+    return list(units.values()), around
+
+
+def _gathered_at_the_head(stage: StageModel) -> float:
+    """What FSDP2 holds whole before the first layer's backward pass: the chunk's own parameters; in a pipeline all."""
+    layers, around = _whole_units(stage)
+    return float(stage.itemsize * (around + (sum(layers) if stage.config.parallel.pipeline > 1 else 0)))
+
+
+def _gathered_layers(stage: StageModel, activations: float) -> float:
+    """FSDP2 holds whole: one layer and the buffer that the next is gathered in, gradients of a layer, and the chunk's
+    own parameters; in a pipeline all of them, until their last backward pass. One layer's gradients travel in fp32 when
+    its activations are gone, those of embedding and head when all are."""
+    layers, around = _whole_units(stage)
+    travelling, around_travelling = _whole_units(stage, only_trained=True)
     in_pipeline = stage.config.parallel.pipeline > 1
-    whole = sum(held.values()) if in_pipeline else (min(2, len(held)) + 1) * max(held.values())
+    whole = sum(layers) if in_pipeline else min(2, len(layers)) * max(layers) + max(travelling)
     layer_kept = stage.traces[-1].layers[-1].each(lambda trace: trace.kept)
     if not stage.state.trained:
         # No backward pass: the peak is in the forward one, where a layer's buffer is let go of by the next layer.
-        return float(stage.itemsize * (whole + around + max(held.values())))
+        return float(stage.itemsize * (whole + around + max(layers)))
     bytes_travelling = 4 + stage.itemsize
     return stage.itemsize * (whole + around) + max(
         0,
-        bytes_travelling * max(travelling.values()) - layer_kept,
+        bytes_travelling * max(travelling) - layer_kept,
         bytes_travelling * around_travelling - activations,
     )

@@ -105,7 +105,7 @@ class Plan:
 
 def plan(config: Config, cluster: Cluster, kernels: KernelAssumptions | None = None) -> Plan:
     """Plans a valid configuration on a cluster."""
-    check_groups(config.model, config.optimizer.groups)
+    check_groups(config.model, config.optimizer.groups, config.lora)
     with fake_world():
         stages = model_stages(config, build_states(config, cluster))
     cost = CostModel(cluster, kernels or KernelAssumptions(), DTYPES[config.precision].itemsize)
@@ -140,9 +140,9 @@ def predict(stages: list[StageModel], memories: list[Memory], cost: CostModel) -
         data_parallel_seconds=communication,
         optimizer_seconds=optimizer,
         tokens_per_second=tokens,
-        mfu=tokens * parameter_flops_per_token(config.model) / peak,
-        mfu_with_attention=tokens * training_flops_per_token(config.model, length) / peak,
-        hardware_share=tokens * hardware_flops_per_token(config.model, length, recomputed) / peak,
+        mfu=tokens * parameter_flops_per_token(config.model, config.lora) / peak,
+        mfu_with_attention=tokens * training_flops_per_token(config.model, length, config.lora) / peak,
+        hardware_share=tokens * hardware_flops_per_token(config.model, length, recomputed, config.lora) / peak,
     )
 
 

@@ -77,7 +77,7 @@ def search(config: Config, cluster: Cluster, kernels: KernelAssumptions | None =
     Tensor sizes up to a node, all pipeline sizes, schedules, shardings and micro-batches up to 16; recomputation of
     whole layers only where it does not fit without. One process a tensor size.
     """
-    check_groups(config.model, config.optimizer.groups)
+    check_groups(config.model, config.optimizer.groups, config.lora)
     one_tensor_size = partial(_search_tensor_size, config, cluster, kernels or KernelAssumptions())
     tensor_sizes = [tensor for tensor in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % tensor == 0]
     context = get_context("forkserver")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from megatron_med.config import Config
 from megatron_med.config.layers import Chunk
 from megatron_med.model.build import DTYPES, build_chunks
+from megatron_med.model.lora import add_adapters
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
 from megatron_med.optim.groups import freeze_groups
@@ -229,6 +230,7 @@ def _build(config: Config, stage: int, groups: Mapping[str, Axis]) -> StageState
     context = ParallelContext(torch.device("meta"), **axes, sequence_parallel=sequence_parallel)
     dtype = DTYPES[config.precision]
     chunks = build_chunks(config.model, context, dtype, parallel, Recompute())
+    add_adapters(chunks, config.model, config.lora)
     freeze_groups(chunks, config.optimizer.groups)
     shards = 1 if parallel.sharding == "none" else context.fsdp.size
     parameters = [_held(parameter, shards) for parameter in chunks.parameters()]

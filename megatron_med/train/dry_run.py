@@ -26,9 +26,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_med.checkpoint.folder import read_state, resolve_checkpoint
+from megatron_med.checkpoint.folder import read_state
 from megatron_med.checkpoint.load import check_model, check_shapes, check_tokenizer
-from megatron_med.checkpoint.views import state_shards, state_views
+from megatron_med.checkpoint.views import Part, state_shards, state_views
 from megatron_med.config import Config, load_config
 from megatron_med.data.cache import cache_folder
 from megatron_med.data.indexed import token_paths
@@ -44,6 +44,7 @@ from megatron_med.parallel.pipeline_parallel.schedule import GENERATORS, Action,
 from megatron_med.tokenizer import Tokenizer
 from megatron_med.tracing.recorder import Recorder, group_labels
 from megatron_med.tracing.trace import Trace
+from megatron_med.train.loading import Source, find_source, rows_to_train
 from megatron_med.train.setup import build_train_module, make_loader
 from megatron_med.train.step import TrainModule, train_step
 from megatron_med.train.timers import StepTimer
@@ -101,18 +102,21 @@ def dry_run(config: Config, world_size: int, rank: int, micro_batches: int = 0) 
     Raises:
         UserError: what is there (data, tokenizer, checkpoint) does not fit the configuration.
     """
-    check_groups(config.model, config.optimizer.groups)
+    check_groups(config.model, config.optimizer.groups, config.lora)
     device = start_fake_process_group(rank, world_size)
     context = create_context(config.parallel, device)
     yield _place(context)
-    stream, tokenizer, absent = _open_data(config)
+    stream, tokenizer, chat, absent = _open_data(config)
     yield from absent
+    source = _source(config)
+    new_rows = rows_to_train(config, source, tokenizer, chat)
     recorder = Recorder(group_labels(context))
     without_data = FakeTensorMode(allow_non_fake_inputs=True)
     with without_data, _ReadsOne(), recorder:
-        train_module = build_train_module(config, context)
+        train_module = build_train_module(config, context, new_rows)
         yield _held(train_module, recorder)
-        yield _checkpoint(config, train_module, tokenizer)
+        yield _saved(config, train_module)
+        yield from _fitting(config, source, train_module, tokenizer)
     own = config.train.global_batch_size // (config.train.micro_batch_size * context.batch.size)
     chunks = config.parallel.pipeline * config.parallel.virtual_stages
     run = min(own, micro_batches or chunks + 2)
@@ -166,8 +170,9 @@ class _SyntheticStream:
         return Path("synthetic")
 
 
-def _open_data(config: Config) -> tuple[SampleStream, Tokenizer | None, list[str]]:
-    """The run's samples, or synthetic ones in their place; the tokenizer; and what is absent, in words."""
+def _open_data(config: Config) -> tuple[SampleStream, Tokenizer | None, dict[str, Any] | None, list[str]]:
+    """The run's samples, or synthetic ones in their place; tokenizer; template of conversations; and what is absent, in
+    words."""
     data, train = config.data, config.train
     sources = [*data.train, *data.valid]
     missing = [source for source in sources if not all(path.is_file() for path in token_paths(Path(source.path)))]
@@ -187,9 +192,9 @@ def _open_data(config: Config) -> tuple[SampleStream, Tokenizer | None, list[str
     if any(source in missing for source in data.train):
         tokens = samples * data.sequence_length
         absent.append(f"  in their place: {samples:,} synthetic samples, {tokens:,} tokens")
-        return _SyntheticStream(samples, data.sequence_length), tokenizer, absent
+        return _SyntheticStream(samples, data.sequence_length), tokenizer, None, absent
     corpora = open_split(data.train, data, train.seed, config.model.vocab_size, cache)
-    return corpora.stream(samples), tokenizer, absent
+    return corpora.stream(samples), tokenizer, corpora.chat(), absent
 
 
 def _held(train_module: TrainModule, recorder: Recorder) -> str:
@@ -209,10 +214,11 @@ def _ranges(layers: list[int]) -> str:
     return ", ".join(f"{start}-{end}" for start, end in zip(starts, ends, strict=True))
 
 
-def _checkpoint(config: Config, train_module: TrainModule, tokenizer: Tokenizer | None) -> str:
-    """Cuts every entry of a checkpoint as saving and loading do, and compares it with the one to be loaded."""
+def _saved(config: Config, train_module: TrainModule) -> str:
+    """Cuts every entry of a checkpoint as saving does."""
     optimizer = train_module.optimizer
-    entries = state_views(state_shards(optimizer), optimizer, train_module.context)
+    part: Part = "adapters" if config.lora.rank else "all"
+    entries = state_views(state_shards(optimizer, part=part), optimizer, train_module.context)
     size = 0
     for name, entry in entries.items():
         local = entry
@@ -221,18 +227,36 @@ def _checkpoint(config: Config, train_module: TrainModule, tokenizer: Tokenizer 
             expected, _ = compute_local_shape_and_global_offset(entry.shape, entry.device_mesh, entry.placements)
             assert tuple(local.shape) == tuple(expected), f"{name}: shard {local.shape}, its view wants {expected}"
         size += local.numel() * local.element_size()
-    words = f"  checkpoint: {len(entries)} entries of this rank, {size / GIB:.2f} GiB"
-    if config.checkpoint.load is None:
-        return words
-    if not Path(config.checkpoint.load).exists():
-        return f"{words}\n  absent: {config.checkpoint.load}, in its place initial weights, of the same entries"
-    folder = resolve_checkpoint(config.checkpoint.load)
-    state = read_state(folder)
-    check_model(state, config.model, folder)
-    check_tokenizer(state, tokenizer.describe() if tokenizer else None, folder)
-    everything = config.checkpoint.load_state == "all"
-    check_shapes(state_views(state_shards(optimizer, everything), optimizer, train_module.context), folder)
-    return f"{words}\n  {folder} fits"
+    return f"  checkpoint: {len(entries)} entries of this rank, {size / GIB:.2f} GiB"
+
+
+def _source(config: Config) -> Source | None:
+    """The checkpoints that the run would begin with, where they are there."""
+    given = [path for path in (config.checkpoint.load, config.lora.base) if path is not None]
+    return find_source(config, None) if given and all(Path(path).exists() for path in given) else None
+
+
+def _fitting(
+    config: Config, source: Source | None, train_module: TrainModule, tokenizer: Tokenizer | None
+) -> Iterator[str]:
+    """Compares every entry with those of the checkpoints to be loaded."""
+    if source is None:
+        for path in (config.checkpoint.load, config.lora.base):
+            if path is not None and not Path(path).exists():
+                yield f"  absent: {path}, in its place initial weights, of the same entries"
+        return
+    parts: list[tuple[Path | None, Part]] = [(source.step, "adapters" if config.lora.rank else "all")]
+    if source.base is not None:
+        parts.insert(0, (source.base, "base"))
+    for folder, part in parts:
+        if folder is None:
+            continue
+        state = read_state(folder)
+        check_model(state, config.model, folder)
+        check_tokenizer(state, tokenizer.describe() if tokenizer else None, folder)
+        shards = state_shards(train_module.optimizer, source.everything and part != "base", part)
+        check_shapes(state_views(shards, train_module.optimizer, train_module.context), folder)
+        yield f"  {folder} fits"
 
 
 def _schedule(config: Config, context: ParallelContext, run: int, own: int) -> str:

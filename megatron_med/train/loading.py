@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megatron_med.checkpoint.adapter import MERGE, base_of, check_settings, describe_adapter
+from megatron_med.checkpoint.adapter import MERGE, base_of, check_settings, describe_adapter, rows_of
 from megatron_med.checkpoint.folder import read_state, resolve_checkpoint
 from megatron_med.checkpoint.load import check_model, check_tokenizer, load_optimizer, verify_checkpoint
 from megatron_med.checkpoint.views import Part
@@ -23,6 +23,7 @@ from megatron_med.train.step import TrainModule
 T = TypeVar("T")
 
 _NAMES_SHOWN = 3
+_JINJA = "chat_template"
 
 
 @dataclass
@@ -119,9 +120,53 @@ def _plain_base(config: Config, step: Path | None) -> Path:
     return base
 
 
+def choose_source(config: Config, folder: RunFolder, context: ParallelContext) -> Source | None:
+    """What a run goes on from, the same on every rank; see ``find_source``."""
+    own = _resume_point(folder, context)
+    return on_first_rank(context, lambda: find_source(config, own))
+
+
+def rows_to_train(
+    config: Config, source: Source | None, tokenizer: Tokenizer | None, chat: dict[str, Any] | None
+) -> range | None:
+    """The tokens that ``lora.train_rows`` means.
+
+    Args:
+        config: of the run.
+        source: what it goes on from.
+        tokenizer: of the model.
+        chat: template of the conversations that it is trained on.
+
+    Raises:
+        CheckpointError: there are none; or the template holds some whose rows would stay what they are.
+    """
+    if source is None or source.base is None:
+        return None
+    rows = rows_of(read_state(source.base))
+    if config.lora.train_rows is not None:
+        if rows is None:
+            raise CheckpointError(
+                f"lora.train_rows is new: no token was added to the vocabulary of {source.base} when it was imported. "
+                "Leave it out, or import the base with --tokenizer, the one that has them."
+            )
+        return rows
+    special = tokenizer.special_tokens() if tokenizer is not None else {}
+    if chat is None:
+        return None
+    new = {number: special[number] for number in rows or () if number in special}
+    used = [name for number, name in new.items() if name in chat[_JINJA] or number == chat["turn_end_id"]]
+    if used:
+        raise CheckpointError(
+            f"{', '.join(used)}: the template {chat['template']} holds them, and their rows in {source.base} "
+            "are new and would stay untrained: adapters change no row of the vocabulary. Set lora.train_rows: new, or "
+            "make the data with a template without them."
+        )
+    return None
+
+
 def load_state(
     config: Config,
-    folder: RunFolder,
+    source: Source | None,
     train_module: TrainModule,
     tokenizer: Tokenizer | None,
     trained: set[str],
@@ -132,15 +177,13 @@ def load_state(
     ``trained`` and ``frozen`` are the names of all parameters of the model that a checkpoint of the run holds.
     """
     context = train_module.context
-    own = _resume_point(folder, context)
-    source = on_first_rank(context, lambda: find_source(config, own))
     if source is None:
         return Loaded(Progress(), {})
     described = tokenizer.describe() if tokenizer else None
     for step in (source.base, source.step):
         if step is None:
             continue
-        if step != own:
+        if not (source.is_own and step == source.step):
             verify_checkpoint(step, context)
         state = read_state(step)
         check_model(state, config.model, step)

@@ -173,7 +173,7 @@ def _metrics(run: Run, result: StepResult, lr: float, timer: StepTimer) -> Metri
     seconds = timer.total()
     length = config.data.sequence_length
     tokens = config.train.global_batch_size * length
-    flops = tokens * training_flops_per_token(config.model, length) / seconds / run.context.world.size
+    flops = tokens * training_flops_per_token(config.model, length, config.lora) / seconds / run.context.world.size
     peak = peak_flops(run.context.device)
     return {
         "step": progress.step,

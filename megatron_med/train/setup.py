@@ -38,7 +38,7 @@ from megatron_med.parallel.parameters import initialise
 from megatron_med.parallel.pipeline_parallel.engine import PipelineEngine
 from megatron_med.tokenizer import Tokenizer
 from megatron_med.train.continuity import Settings, beyond_horizon, changes, decay_horizon, settings_of
-from megatron_med.train.loading import Progress, load_state, on_first_rank
+from megatron_med.train.loading import Progress, choose_source, load_state, on_first_rank, rows_to_train
 from megatron_med.train.run_folder import RunFolder
 from megatron_med.train.step import TrainModule
 
@@ -112,13 +112,15 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     given, config = config, with_steps(config, corpora)
     identity = _identity(config, corpora)
     on_first_rank(context, lambda: folder.check_identity(identity))
-    check_groups(model, config.optimizer.groups)
+    check_groups(model, config.optimizer.groups, config.lora)
 
-    train_module = _built(config, context)
+    source = choose_source(config, folder, context)
+    new_rows = rows_to_train(config, source, tokenizer, corpora.chat())
+    train_module = _built(config, context, new_rows)
     trained, frozen = _gather_names(train_module)
     if context.world.is_first:
         print(describe(), flush=True)
-    loaded = load_state(config, folder, train_module, tokenizer, trained, frozen)
+    loaded = load_state(config, source, train_module, tokenizer, trained, frozen)
     progress, before = loaded.progress, loaded.settings
     horizon = decay_horizon(config, before)
     config = with_warmup(config, horizon)
@@ -184,9 +186,9 @@ def tell_of_repetition(config: Config, context: ParallelContext, one_pass: int) 
         )
 
 
-def _built(config: Config, context: ParallelContext) -> TrainModule:
+def _built(config: Config, context: ParallelContext, new_rows: range | None) -> TrainModule:
     try:
-        return build_train_module(config, context)
+        return build_train_module(config, context, new_rows)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -197,12 +199,15 @@ def _built(config: Config, context: ParallelContext) -> TrainModule:
         ) from error
 
 
-def build_train_module(config: Config, context: ParallelContext) -> TrainModule:
-    """Model with initial weights, gradients over the data-parallel ranks, pipeline engine and optimizer."""
+def build_train_module(config: Config, context: ParallelContext, new_rows: range | None = None) -> TrainModule:
+    """Model with initial weights, gradients over the data-parallel ranks, pipeline engine and optimizer.
+
+    ``new_rows`` are the tokens that ``lora.train_rows`` means.
+    """
     dtype = DTYPES[config.precision]
     recompute = Recompute(config.recompute, config.recompute_interval)
     chunks = build_chunks(config.model, context, dtype, config.parallel, recompute)
-    add_adapters(chunks, config.model, config.lora)
+    add_adapters(chunks, config.model, config.lora, new_rows)
     initialise(chunks, context, config.train.seed)
     freeze_groups(chunks, config.optimizer.groups)
     data_parallel = _data_parallel(chunks, context, dtype, config.parallel.sharding)

@@ -18,12 +18,13 @@ from megatron_med.checkpoint.huggingface.peft import AdapterTensor, adapter_tens
 from megatron_med.checkpoint.save import save_checkpoint
 from megatron_med.config.schema import Config, LoRAConfig
 from megatron_med.optim.lr_schedule import learning_rate
-from megatron_med.train.loading import load_state
-from megatron_med.train.run_folder import RunFolder
+from megatron_med.plan.cluster import KINDS, Cluster
+from megatron_med.plan.predict import plan
+from megatron_med.train.loading import find_source, load_state
 from megatron_med.train.step import compute_gradients
 from megatron_med.train.timers import StepTimer
 from tests.ranks import run_ranks
-from tests.training import MODELS, _gradient_shard, gather, make_config, one_step, set_up
+from tests.training import MODELS, _gradient_shard, gather, make_config, one_step, recorded_steps, set_up
 
 ALL = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -103,7 +104,7 @@ def train_adapter(config: Config) -> tuple[list[float], list[float], list[Any]]:
     """As ``tests.training.train_ranks``, from the adapter that ``checkpoint.load`` names."""
     train_module, loader = set_up(config)
     trained = {item.layout.name for item in train_module.optimizer.owned}
-    load_state(config, RunFolder(Path("unused")), train_module, None, trained, set())
+    load_state(config, find_source(config, None), train_module, None, trained, set())
     size = config.train.global_batch_size
     compute_gradients(train_module, loader.load(0, size, 1), StepTimer(torch.device("cpu")))
     shards = [_gradient_shard(train_module, item) for item in train_module.optimizer.owned]
@@ -146,3 +147,38 @@ def test_twenty_steps_equal_peft(reference: Any, sample_data: Path, grid: str) -
 def _same(one: AdapterTensor, mine: np.ndarray, theirs: torch.Tensor) -> None:
     difference = (one.to_peft(torch.from_numpy(mine)) - theirs).abs().max()
     assert difference <= 1e-5 * theirs.abs().max(), one.name
+
+
+PLANNED: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "nothing sharded": (2, {"sharding": "none", "tensor": 2}),
+    "optimizer sharded": (4, {"tensor": 2}),
+    "two stages": (4, {"pipeline": 2, "layers_per_stage": [2, 3]}),
+    "fully sharded": (2, {"sharding": "full"}),
+    "fully sharded in a pipeline": (4, {"sharding": "full", "pipeline": 2, "layers_per_stage": [2, 3]}),
+}
+
+
+def _peak(config: Config) -> int:
+    recorder, _ = recorded_steps(config)
+    return recorder.peak
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", PLANNED)
+def test_planned_and_measured_memory(sample_data: Path, name: str, family: str) -> None:
+    ranks, parallel = PLANNED[name]
+    wide = {"hidden_size": 128, "num_attention_heads": 8, "max_position_embeddings": 256}
+    groups = {"num_query_groups": 4, "ffn_hidden_size": 704} if family == "llama" else {}
+    model = MODELS[family] | wide | groups
+    config = make_config(sample_data, model, precision="bf16", batch=16, micro_batch=2, **parallel)
+    config.data.sequence_length = 128
+    everything = plan(config, Cluster(KINDS["a100-80g"], 1, ranks))
+    config.lora = LoRAConfig(rank=RANK, alpha=ALPHA, targets=ALL[family], dropout=0.1)
+    config.checkpoint.load = "base"
+    planned = plan(config, Cluster(KINDS["a100-80g"], 1, ranks))
+    for rank, peak in enumerate(run_ranks(ranks, _peak, config)):
+        memory = planned.stages[rank * len(planned.stages) // ranks].memory
+        whole = everything.stages[rank * len(planned.stages) // ranks].memory
+        assert memory.optimizer < 0.2 * whole.optimizer
+        assert memory.total == pytest.approx(peak, rel=0.05), f"rank {rank}"

@@ -20,6 +20,7 @@ from megatron_med.parallel.parameters import ParameterLayout, RowBlocks, layout_
 from megatron_med.parallel.pipeline_parallel.weight_grad_store import WeightGradStore
 from megatron_med.parallel.tensor_parallel.linear import InputMode, LinearPlan, parallel_linear
 from megatron_med.parallel.tensor_parallel.lora import ColumnParallelLoRA, LoRA, LoRASettings, Place, RowParallelLoRA
+from megatron_med.parallel.tensor_parallel.new_rows import EmbeddingRows, HeadRows
 
 
 class ParallelLinear(nn.Module):
@@ -28,6 +29,7 @@ class ParallelLinear(nn.Module):
     Attributes:
         local: the products, for the format of the weight.
         lora: adapters beside the weight, where there are some.
+        new_rows: trained rows of the head, where there are some.
         weight_grads: takes deferred weight gradients; see ``share_weight_grad_store``.
     """
 
@@ -40,6 +42,8 @@ class ParallelLinear(nn.Module):
         self.local: LocalLinear = DenseLinear()
         self.lora: LoRA | None
         self.register_module("lora", None)
+        self.new_rows: HeadRows | None
+        self.register_module("new_rows", None)
         self.weight_grads = WeightGradStore()
 
     def product(self, x: Tensor, bias: Tensor | None, mode: InputMode) -> Tensor:
@@ -48,7 +52,9 @@ class ParallelLinear(nn.Module):
         return parallel_linear(x, self.weight, bias, LinearPlan(self.local, mode, self.context, self.weight_grads))
 
     def adapted(self, x: Tensor, out: Tensor, dropout_key: str) -> Tensor:
-        """``out`` with what the adapters add for the input ``x``."""
+        """``out`` with what is trained beside the weight, for the input ``x``."""
+        if self.new_rows is not None:
+            out = self.new_rows(x, out)
         return out if self.lora is None else self.lora(x, out, dropout_key)
 
 
@@ -172,14 +178,20 @@ class VocabParallelEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
+        self.new_rows: EmbeddingRows | None
+        self.register_module("new_rows", None)
         layout = ParameterLayout(
             shape, tp_dim=0, shared=shared, grad_contributions=grad_contributions, init_std=init_std
         )
         self.weight = make_parameter(layout, context, dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        tp = self.context.tp
         tokens = tokens.t()
+        out = self._lookup(tokens)
+        return out if self.new_rows is None else self.new_rows(tokens, out)
+
+    def _lookup(self, tokens: Tensor) -> Tensor:
+        tp = self.context.tp
         if tp.size == 1:
             return F.embedding(tokens, self.weight)
         rows = self.weight.shape[0]
@@ -188,6 +200,36 @@ class VocabParallelEmbedding(nn.Module):
         embedded = F.embedding(local.masked_fill(out_of_range, 0), self.weight)
         embedded = embedded.masked_fill(out_of_range.unsqueeze(-1), 0)
         return reduce_from_tensor_parallel(embedded, tp, self.context.sequence_parallel)
+
+    def train_rows(self, tokens: range) -> None:
+        """From now on the rows of these tokens are trained; ``head_rows`` makes the same of the head."""
+        layout = layout_of(self.weight)
+        weight = _row_differences(layout, tokens, self.context, self.weight.dtype)
+        self.new_rows = EmbeddingRows(tokens, weight, self.context)
+
+
+def head_rows(head: ColumnParallelLinear, tokens: range, embedding: VocabParallelEmbedding | None) -> HeadRows:
+    """Trained rows for a head; those of ``embedding`` where it is tied to that."""
+    if embedding is not None and embedding.new_rows is not None:
+        return HeadRows(tokens, embedding.new_rows.weight, head.context)
+    weight = _row_differences(layout_of(head.weight), tokens, head.context, head.weight.dtype)
+    return HeadRows(tokens, weight, head.context)
+
+
+def _row_differences(
+    vocabulary: ParameterLayout, tokens: range, context: ParallelContext, dtype: torch.dtype
+) -> nn.Parameter:
+    """Zeros, and the rest as the weight of the vocabulary has it: whether stages share it and use it twice."""
+    layout = ParameterLayout(
+        (len(tokens), vocabulary.global_shape[-1]),
+        partial_over_tp=context.sequence_parallel,
+        shared=vocabulary.shared,
+        grad_contributions=vocabulary.grad_contributions,
+        adapter=True,
+        weight_decay=False,
+        init="zeros",
+    )
+    return make_parameter(layout, context, dtype)
 
 
 def replicated_layout(

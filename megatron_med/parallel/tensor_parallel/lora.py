@@ -127,7 +127,7 @@ class LoRA(nn.Module, ABC):
         low = self.between(low * self.settings.scale)
         factors = zip(low.split(self.settings.rank, dim=-1), self.factors("B"), strict=True)
         deltas = [F.linear(part, factor) for part, factor in factors]
-        return _AddToBlocks.apply(out, [place.blocks for place in self.places.values()], *deltas)
+        return AddToBlocks.apply(out, [place.blocks for place in self.places.values()], *deltas)
 
     def factors(self, which: str) -> list[Tensor]:
         """A or B of every target."""
@@ -171,7 +171,7 @@ class RowParallelLoRA(LoRA):
         return low
 
 
-class _AddToBlocks(Function):
+class AddToBlocks(Function):
     """Forward: adds each delta to its blocks of ``out``, in place. Backward: the gradient, and its blocks."""
 
     @staticmethod
@@ -182,7 +182,8 @@ class _AddToBlocks(Function):
             if place is None:
                 out.add_(delta)
             else:
-                place.of(out).add_(delta.unflatten(-1, (-1, place.length)))
+                blocks = place.of(out)
+                blocks.add_(delta.reshape(blocks.shape))
         return out
 
     @staticmethod
