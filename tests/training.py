@@ -96,12 +96,12 @@ def make_config(
     )
 
 
-def set_up(config: Config) -> tuple[TrainModule, BatchLoader]:
-    """TrainModule and data of this rank."""
+def set_up(config: Config, new_rows: range | None = None) -> tuple[TrainModule, BatchLoader]:
+    """TrainModule and data of this rank; ``new_rows`` is what ``lora.train_rows`` means."""
     faults = validate(config, dist.get_world_size())
     assert not faults, faults
     context = create_context(config.parallel, torch.device("cpu"))
-    train_module = build_train_module(config, context)
+    train_module = build_train_module(config, context, new_rows)
     cache = cache_folder(None)
     seed, length = config.train.seed, config.data.sequence_length
     corpora = open_split(config.data.train, config.data, seed, config.model.vocab_size, cache)

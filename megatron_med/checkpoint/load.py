@@ -15,7 +15,7 @@ from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.adapter import base_of, lora_of, rows_of
 from megatron_med.checkpoint.folder import CheckpointState, read_state
 from megatron_med.checkpoint.storage import Reader, load_entries
-from megatron_med.checkpoint.views import Part, moment_name, state_shards, state_views, weight_views
+from megatron_med.checkpoint.views import Part, belongs, moment_name, state_shards, state_views, weight_views
 from megatron_med.config import ModelConfig, model_from_dict
 from megatron_med.errors import CheckpointError
 from megatron_med.model.build import build_stage
@@ -24,6 +24,7 @@ from megatron_med.model.transformer import Transformer
 from megatron_med.optim.optimizer import MOMENTS, Optimizer
 from megatron_med.parallel.collectives import gather_objects
 from megatron_med.parallel.context import ParallelContext
+from megatron_med.parallel.parameters import parameters_with_layout
 from megatron_med.tokenizer import describe_difference
 
 _FREE_FIELDS = {
@@ -117,7 +118,8 @@ def load_stage(
 def load_weights(folder: Path, module: nn.Module, context: ParallelContext, part: Part = "all") -> None:
     """Fills a stage's parameters, converted to their type."""
     _load(weight_views(module, context, part), folder)
-    broken = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
+    loaded = ((layout, parameter) for layout, parameter in parameters_with_layout(module) if belongs(layout, part))
+    broken = [layout.name for layout, parameter in loaded if not parameter.isfinite().all()]
     if any(gather_objects(bool(broken), context.world)):
         what = (
             f"{broken[0]} and {len(broken) - 1} more" if len(broken) > 1 else "".join(broken) or "another rank's part"

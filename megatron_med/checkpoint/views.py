@@ -18,7 +18,8 @@ Part = Literal["all", "adapters", "base"]
 """Which parameters: adapters, the weights that they stand beside, or both."""
 
 
-def _belongs(layout: ParameterLayout, part: Part) -> bool:
+def belongs(layout: ParameterLayout, part: Part) -> bool:
+    """Whether a parameter is one of that part."""
     return part == "all" or layout.adapter == (part == "adapters")
 
 
@@ -58,7 +59,7 @@ def weight_views(module: nn.Module, context: ParallelContext, part: Part = "all"
     return {
         layout.name: views.of_parameter(parameter, layout)
         for layout, parameter in parameters_with_layout(module)
-        if _belongs(layout, part)
+        if belongs(layout, part)
     }
 
 
@@ -69,12 +70,10 @@ def state_shards(optimizer: Optimizer, moments: bool = True, part: Part = "all")
     Empty shards (a dimension shorter than the ranks) are left out.
     """
     shards = {
-        item.layout.name: item.weight
-        for item in optimizer.frozen
-        if item.weight.numel() and _belongs(item.layout, part)
+        item.layout.name: item.weight for item in optimizer.frozen if item.weight.numel() and belongs(item.layout, part)
     }
     for item in optimizer.owned:
-        if item.master.numel() == 0 or not _belongs(item.layout, part):
+        if item.master.numel() == 0 or not belongs(item.layout, part):
             continue
         shards[item.layout.name] = item.master.detach()
         for moment in MOMENTS if moments else ():

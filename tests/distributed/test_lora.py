@@ -17,7 +17,11 @@ from megatron_med.checkpoint.huggingface.convert import export_huggingface
 from megatron_med.checkpoint.huggingface.peft import AdapterTensor, adapter_tensors, import_adapter
 from megatron_med.checkpoint.save import save_checkpoint
 from megatron_med.config.schema import Config, LoRAConfig
+from megatron_med.model.build import build_stage
+from megatron_med.model.lora import add_adapters
 from megatron_med.optim.lr_schedule import learning_rate
+from megatron_med.parallel.context import single_process_context
+from megatron_med.parallel.parameters import initialise, parameters_with_layout
 from megatron_med.plan.cluster import KINDS, Cluster
 from megatron_med.plan.predict import plan
 from megatron_med.train.loading import find_source, load_state
@@ -31,6 +35,8 @@ ALL = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
 }
 RANK, ALPHA, LR = 4, 12.0, 1e-3
+NEW_ROWS = [236, 276]
+"""Tokens that pass for added ones; with two tensor-parallel ranks each holds some of them."""
 
 GRIDS: dict[str, tuple[int, dict[str, Any]]] = {
     "one process": (1, {"sharding": "none"}),
@@ -61,7 +67,7 @@ def _config(prefix: Path, family: str, parallel: dict[str, Any], load: Path | No
 def _save_base(config: Config, folder: Path) -> list[np.ndarray]:
     """Saves initial weights as a checkpoint and as a Hugging Face folder; every batch of the run."""
     train_module, loader = set_up(config)
-    state = CheckpointState(model=asdict(config.model), optimizer_steps=0, run={"precision": "fp32"})
+    state = CheckpointState(model=asdict(config.model), optimizer_steps=0, new_rows=NEW_ROWS, run={"precision": "fp32"})
     save_checkpoint(step_folder(folder, 0), train_module.optimizer, train_module.context, state=state)
     export_huggingface(folder, folder.parent / "hf")
     size = config.train.global_batch_size
@@ -72,8 +78,15 @@ def _save_base(config: Config, folder: Path) -> list[np.ndarray]:
     return batches
 
 
-def _train_peft(folder: Path, family: str, batches: list[np.ndarray]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Writes an adapter with a B that is not zero, then trains it with PEFT and torch alone."""
+def _train_peft(
+    folder: Path,
+    family: str,
+    batches: list[np.ndarray],
+    rows: slice | None = None,
+    start: dict[str, torch.Tensor] | None = None,
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Writes an adapter with a B that is not zero (or ``start``), then trains it with PEFT and torch alone; with
+    ``rows`` also those of embedding and head."""
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules=ALL[family], fan_in_fan_out=family == "gpt2"
@@ -82,9 +95,14 @@ def _train_peft(folder: Path, family: str, batches: list[np.ndarray]) -> tuple[l
     generator = torch.Generator().manual_seed(5)
     trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
-        for parameter in trained.values():
-            parameter.normal_(std=0.1, generator=generator)
+        for name, parameter in trained.items():
+            if start is not None:
+                parameter.copy_(start[name.replace(".default", "")])
+            else:
+                parameter.normal_(std=0.1, generator=generator)
     adapted.save_pretrained(folder / "peft")
+    if rows is not None:
+        trained |= _with_rows(adapted, rows)
     adamw = torch.optim.AdamW(trained.values(), lr=LR, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     losses, first = [], {}
     for batch in batches:
@@ -100,9 +118,30 @@ def _train_peft(folder: Path, family: str, batches: list[np.ndarray]) -> tuple[l
     return losses, first
 
 
+def _with_rows(model: torch.nn.Module, rows: slice) -> dict[str, torch.Tensor]:
+    """Embedding and head, whose gradients are zero but in these rows."""
+    ends = ("embed_tokens.weight", "lm_head.weight", "wte.weight")
+    found = {name: parameter for name, parameter in model.named_parameters() if name.endswith(ends)}
+    for parameter in found.values():
+        mask = torch.zeros_like(parameter[:, :1])
+        mask[rows] = 1
+        parameter.requires_grad_()
+        parameter.register_hook(lambda gradient, mask=mask: gradient * mask)
+    return found
+
+
+def _initial_adapter(config: Config) -> dict[str, torch.Tensor]:
+    """What a new run begins with, by PEFT's names."""
+    stage = build_stage(config.model, single_process_context(), torch.float32)
+    add_adapters([stage], config.model, config.lora)
+    initialise(stage, single_process_context(), config.train.seed)
+    drawn = {layout.name: parameter.detach() for layout, parameter in parameters_with_layout(stage)}
+    return {one.name: one.to_peft(drawn[one.layout.name]) for one in adapter_tensors(config.model, config.lora)}
+
+
 def train_adapter(config: Config) -> tuple[list[float], list[float], list[Any]]:
     """As ``tests.training.train_ranks``, from the adapter that ``checkpoint.load`` names."""
-    train_module, loader = set_up(config)
+    train_module, loader = set_up(config, range(*NEW_ROWS) if config.lora.train_rows else None)
     trained = {item.layout.name for item in train_module.optimizer.owned}
     load_state(config, find_source(config, None), train_module, None, trained, set())
     size = config.train.global_batch_size
@@ -147,6 +186,30 @@ def test_twenty_steps_equal_peft(reference: Any, sample_data: Path, grid: str) -
 def _same(one: AdapterTensor, mine: np.ndarray, theirs: torch.Tensor) -> None:
     difference = (one.to_peft(torch.from_numpy(mine)) - theirs).abs().max()
     assert difference <= 1e-5 * theirs.abs().max(), one.name
+
+
+ROW_GRIDS = ["one process", "tensor 2", "tensor 2, no sequence parallelism", "pipeline 2", "full sharding, all eight"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rows_of_added_tokens_are_trained_like_rows_of_whole_matrices(
+    sample_data: Path, tmp_path: Path, family: str
+) -> None:
+    """GPT-2's rows serve embedding and head at once."""
+    config = _config(sample_data, family, {"sharding": "none"}, None)
+    (batches,) = run_ranks(1, _save_base, config, tmp_path / "base")
+    rows = slice(*NEW_ROWS)
+    assert sum(np.isin(batch, np.arange(*NEW_ROWS)).sum() for batch in batches) > 100
+    start = _initial_adapter(_config(sample_data, family, {}, tmp_path / "base"))
+    losses, _ = _train_peft(tmp_path, family, batches, rows, start)
+    without, _ = _train_peft(tmp_path, family, batches, None, start)
+    assert abs(losses[-1] - without[-1]) > 1e-3
+    for grid in ROW_GRIDS:
+        ranks, parallel = GRIDS[grid]
+        config = _config(sample_data, family, parallel, tmp_path / "base")
+        config.lora.train_rows = "new"
+        ours = gather(run_ranks(ranks, train_adapter, config))
+        np.testing.assert_allclose(ours.losses, losses, rtol=1e-5, err_msg=grid)
 
 
 PLANNED: dict[str, tuple[int, dict[str, Any]]] = {

@@ -219,12 +219,11 @@ def head_rows(head: ColumnParallelLinear, tokens: range, embedding: VocabParalle
 def _row_differences(
     vocabulary: ParameterLayout, tokens: range, context: ParallelContext, dtype: torch.dtype
 ) -> nn.Parameter:
-    """Zeros, and the rest as the weight of the vocabulary has it: whether stages share it and use it twice."""
+    """Zeros, shared by the stages that share the vocabulary. Autograd joins what embedding and head give."""
     layout = ParameterLayout(
         (len(tokens), vocabulary.global_shape[-1]),
         partial_over_tp=context.sequence_parallel,
         shared=vocabulary.shared,
-        grad_contributions=vocabulary.grad_contributions,
         adapter=True,
         weight_decay=False,
         init="zeros",
