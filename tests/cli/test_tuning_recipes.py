@@ -1,0 +1,168 @@
+"""Every tuning recipe at toy size: raw file, token files, base, tuned model, export."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from megatron_med.tokenizer import load_tokenizer
+from megatron_med.tokenizer.special import CHAT_TOKENS, extend_tokenizer
+from tests.cli.processes import REPOSITORY, python, read_metrics, train_on_ranks
+
+EXAMPLES = REPOSITORY / "examples"
+TOY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 176}
+LENGTH = 1024
+EOS = "<|endoftext|>"
+"""End token of the tests' tokenizer."""
+
+
+def _succeeded(*arguments: object) -> str:
+    done = python(*arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _script(*arguments: object) -> None:
+    command = ["bash", *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def tokenizer(sample_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes") / "tokenizer"
+    extend_tokenizer(sample_tokenizer, CHAT_TOKENS, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(tokenizer: Path) -> Path:
+    """A small Llama of the first LLaMA's shape, imported."""
+    folder = tokenizer.parent
+    torch.manual_seed(3)
+    sizes = {"vocab_size": load_tokenizer(tokenizer).vocab_size, "max_position_embeddings": LENGTH}
+    LlamaForCausalLM(LlamaConfig(**TOY, **sizes)).save_pretrained(folder / "hf")
+    _succeeded(
+        *("tools/convert_checkpoint.py", "import", "--from", folder / "hf"),
+        *("--tokenizer", tokenizer, "--to", folder / "base"),
+    )
+    return folder / "base"
+
+
+def _tune(
+    recipe: str, data: list[dict[str, Any]], base: Path, run: Path, *options: object, ranks: int = 2
+) -> list[float]:
+    """The recipe with a toy's shape, data and learning rate; losses."""
+    toy = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "ffn_hidden_size": 176,
+        "vocab_size": 514,
+        "num_query_groups": 4,
+        "head_dim": 16,
+        "max_position_embeddings": LENGTH,
+        "norm_eps": 1e-6,
+    }
+    shape = [word for name, value in toy.items() for word in (f"--model.{name}", value)]
+    sources = json.dumps(data)
+    train_on_ranks(
+        ranks,
+        EXAMPLES / recipe,
+        *(*shape, "--data.sequence_length", LENGTH, "--data.train", sources, "--data.valid", sources),
+        *("--checkpoint.load", base, "--train.output_dir", run, "--train.epochs", "null", "--train.steps", 12),
+        *("--train.global_batch_size", 8, "--train.micro_batch_size", 2, "--train.valid_samples", 8),
+        *("--optimizer.lr", 1e-2, "--precision", "fp32", "--lr_schedule.warmup_steps", 0),
+        *("--lr_schedule.warmup_fraction", "null", "--train.valid_interval", 6, *options),
+    )
+    return [line["loss"] for line in read_metrics(run)]
+
+
+def _export(checkpoint: Path, target: Path, ends_with: str) -> None:
+    """As transformers loads it, with the template and the token that ends a turn."""
+    _succeeded("tools/convert_checkpoint.py", "export", "--from", checkpoint, "--to", target, "--verify")
+    theirs = AutoTokenizer.from_pretrained(target)
+    model = AutoModelForCausalLM.from_pretrained(target)
+    assert model.generation_config.eos_token_id == theirs.convert_tokens_to_ids(ends_with)
+    assert theirs.apply_chat_template([{"role": "user", "content": "Why?"}], add_generation_prompt=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["7b", "13b"])
+@pytest.mark.parametrize("how", ["", "_lora"], ids=["full", "lora"])
+def test_alpaca_then_medalpaca(shared: Path, tokenizer: Path, base: Path, tmp_path: Path, size: str, how: str) -> None:
+    """The seed's two stages: what the first has tuned is the base of the second."""
+    prepare = EXAMPLES / "medalpaca" / "prepare.sh"
+    first, second = (
+        shared / "instruct" / "gsm8k_alpaca.json",
+        shared / "instruct" / "medical_meadow_wikidoc_patient.json",
+    )
+    _script(prepare, "alpaca", tokenizer, tmp_path / "alpaca", 100, first)
+    _script(prepare, "medalpaca", tokenizer, tmp_path / "meadow", 0.1, second)
+    lines = (tmp_path / "meadow-valid.jsonl").read_text().splitlines()
+    assert len(lines) == 200
+    for stage, data in (("alpaca", "alpaca-train"), ("medalpaca", "meadow-train")):
+        run = tmp_path / stage
+        losses = _tune(f"medalpaca/{stage}_{size}{how}.yaml", [{"path": str(tmp_path / data)}], base, run)
+        assert losses[-1] < losses[0] - (0.05 if how else 0.5)
+        if how:
+            _succeeded("tools/convert_adapter.py", "merge", "--from", run, "--to", tmp_path / f"{stage}-merged")
+            run = tmp_path / f"{stage}-merged"
+        base = run
+    _export(base, tmp_path / "hf", EOS)
+
+
+@pytest.mark.slow
+def test_biomed_llamas_mixtures_and_one_task(shared: Path, tokenizer: Path, base: Path, tmp_path: Path) -> None:
+    raw = {
+        "medqa": ("qa/medqa_us_4opt_a.jsonl", ["--answers", "option"]),
+        "medmcqa": ("qa/medmcqa_dev_a.jsonl", ["--answers", "option"]),
+        "pubmedqa": ("qa/pubmedqa_pqal_train500.json", ["--answers", "option"]),
+        "alpaca": ("instruct/gsm8k_alpaca.json", []),
+    }
+    for name, (file, options) in raw.items():
+        _succeeded(
+            *("tools/preprocess_instructions.py", "--input", shared / file, "--template", "biomed_llama"),
+            *("--tokenizer", tokenizer, "--output-prefix", tmp_path / name, *options),
+        )
+    sets = {name: str(tmp_path / name) for name in raw}
+    mixture_a = [{"path": sets["medqa"], "repeat": 1.0}, {"path": sets["alpaca"], "repeat": 1.0}]
+    weights = {"medqa": 3.0, "medmcqa": 0.2, "pubmedqa": 0.1, "alpaca": 0.5}
+    mixture_b = [{"path": sets[name], "repeat": weight} for name, weight in weights.items()]
+    for recipe, data in (
+        ("mixture_a", mixture_a),
+        ("mixture_b", mixture_b),
+        ("one_task", [{"path": sets["medqa"]}]),
+    ):
+        run = tmp_path / recipe
+        losses = _tune(f"biomed_llama/instruct/{recipe}.yaml", data, base, run)
+        assert losses[-1] < losses[0] - 0.5, recipe
+    _export(run, tmp_path / "hf", EOS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["7b", "70b"])
+def test_meditrons_sets(shared: Path, tokenizer: Path, base: Path, tmp_path: Path, recipe: str) -> None:
+    raw = {
+        "medqa": "medqa_us_4opt_a.jsonl",
+        "medmcqa": "medmcqa_dev_a.jsonl",
+        "pubmedqa": "pubmedqa_pqal_train500.json",
+    }
+    kinds = {"medqa": "answer", "medmcqa": "explained", "pubmedqa": "explained"}
+    grid = ("--parallel.tensor", 2, "--parallel.pipeline", 1 if recipe == "7b" else 2)
+    for task, (kind, file) in raw.items():
+        _script(
+            EXAMPLES / "gap_replay" / "sft" / "prepare.sh",
+            *(task, kind, shared / "qa" / file, tmp_path / task, tokenizer),
+        )
+        run = tmp_path / f"run-{task}"
+        data = [{"path": str(tmp_path / task)}]
+        losses = _tune(f"gap_replay/sft/{recipe}.yaml", data, base, run, *grid, ranks=2 if recipe == "7b" else 4)
+        assert losses[-1] < losses[0] - 0.5, task
+    _export(run, tmp_path / "hf", "<|im_end|>")
