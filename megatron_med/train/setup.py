@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.config import Config, dump_config
+from megatron_med.config.lora import targets_of, trained_by_lora
 from megatron_med.data.cache import cache_folder
 from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import find_tokenizer
@@ -23,6 +24,7 @@ from megatron_med.kernels.backend import describe
 from megatron_med.launch.preflight import preflight
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, build_chunks
+from megatron_med.model.flops import parameter_count
 from megatron_med.model.lora import add_adapters
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
@@ -120,6 +122,8 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     trained, frozen = _gather_names(train_module)
     if context.world.is_first:
         print(describe(), flush=True)
+    if config.lora.rank and context.world.is_first:
+        print(describe_adapters(config), flush=True)
     loaded = load_state(config, source, train_module, tokenizer, trained, frozen)
     progress, before = loaded.progress, loaded.settings
     horizon = decay_horizon(config, before)
@@ -146,6 +150,17 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
         best=loaded.best,
         frozen=sorted(frozen),
         horizon=horizon,
+    )
+
+
+def describe_adapters(config: Config) -> str:
+    """What is trained beside how much, in words."""
+    model, lora = config.model, config.lora
+    trained, whole = trained_by_lora(model, lora), parameter_count(model)
+    names = ", ".join(dict.fromkeys(target.name for target in targets_of(model, lora)))
+    return (
+        f"adapters of rank {lora.rank} on {names}: {trained:,} parameters are trained, {whole:,} are frozen "
+        f"({100 * trained / whole:.2g} %)"
     )
 
 

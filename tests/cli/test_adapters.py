@@ -109,6 +109,8 @@ def tuned(data: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     done = train(_config(folder, data, base))
     assert done.returncode == 0, done.stderr
     assert "(base, frozen)" in done.stdout
+    trained = 4 * 4 * (256 + 256 + 256 + 128 + 704 + 256)
+    assert f"adapters of rank 4 on q_proj, v_proj, down_proj: {trained:,} parameters are trained" in done.stdout
     return folder / "run"
 
 

@@ -154,7 +154,6 @@ def test_meditrons_sets(shared: Path, tokenizer: Path, base: Path, tmp_path: Pat
         "medmcqa": "medmcqa_dev_a.jsonl",
         "pubmedqa": "pubmedqa_pqal_train500.json",
     }
-    kinds = {"medqa": "answer", "medmcqa": "explained", "pubmedqa": "explained"}
     grid = ("--parallel.tensor", 2, "--parallel.pipeline", 1 if recipe == "7b" else 2)
     for task, (kind, file) in raw.items():
         _script(

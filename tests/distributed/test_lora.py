@@ -188,6 +188,24 @@ def _same(one: AdapterTensor, mine: np.ndarray, theirs: torch.Tensor) -> None:
     assert difference <= 1e-5 * theirs.abs().max(), one.name
 
 
+@pytest.mark.parametrize("grid", ["tensor 2, no sequence parallelism", "pipeline 2", "data 2", "full sharding"])
+def test_masks_are_those_of_one_process_where_ranks_hold_the_same_input(
+    reference: Any, sample_data: Path, grid: str
+) -> None:
+    family, folder, _, _ = reference
+    curves = []
+    for name in ("one process", grid):
+        ranks, parallel = GRIDS[name]
+        config = _config(sample_data, family, parallel, folder / "base")
+        config.train.steps = 5
+        config.lora.targets = ["q_proj", "v_proj", "up_proj"] if family == "llama" else ["c_attn", "c_fc"]
+        config.lora.dropout = 0.3
+        config.optimizer.lr = 2e-2
+        curves.append(gather(run_ranks(ranks, train_adapter, config)).losses)
+    np.testing.assert_allclose(*curves, rtol=1e-5)
+    assert curves[0][-1] < curves[0][0]
+
+
 ROW_GRIDS = ["one process", "tensor 2", "tensor 2, no sequence parallelism", "pipeline 2", "full sharding, all eight"]
 
 

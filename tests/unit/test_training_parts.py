@@ -11,14 +11,18 @@ import torch
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from megatron_med.config.presets import PRESETS
-from megatron_med.config.schema import LRScheduleConfig, ModelConfig
+from megatron_med.config.schema import LoRAConfig, LRScheduleConfig, ModelConfig
 from megatron_med.errors import ConfigError
 from megatron_med.launch.failure_report import is_connection_failure
+from megatron_med.model.batch import plain_batch
 from megatron_med.model.build import build_stage
 from megatron_med.model.flops import parameter_count, training_flops_per_token
+from megatron_med.model.lora import add_adapters
 from megatron_med.optim.lr_schedule import learning_rate
 from megatron_med.parallel.context import single_process_context
-from megatron_med.parallel.parameters import parameters_with_layout
+from megatron_med.parallel.parameters import initialise, parameters_with_layout
+from megatron_med.tracing.recorder import Recorder
+from megatron_med.tracing.trace import Kernel
 from megatron_med.train.run_folder import RunFolder
 from megatron_med.train.setup import tell_of_repetition
 from tests.training import MODELS, make_config
@@ -65,6 +69,23 @@ def test_flops_of_meditron_70b_are_near_six_per_parameter() -> None:
     model = ModelConfig(**PRESETS["llama2-70b"])
     six = 6 * parameter_count(model)
     assert six < training_flops_per_token(model, 4096) < 1.15 * six
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_flops_are_those_of_the_products_that_run(family: str, rank: int) -> None:
+    """Of frozen weights no gradient is computed. Attention, whose products are counted otherwise, is left out."""
+    shape = MODELS[family] | {"hidden_size": 128, "num_attention_heads": 8, "num_layers": 12}
+    model, lora = ModelConfig(**shape), LoRAConfig(rank=rank)
+    stage = build_stage(model, single_process_context(), torch.float32)
+    add_adapters([stage], model, lora)
+    initialise(stage, single_process_context(), 1)
+    batch = plain_batch(torch.arange(64).view(1, 64))
+    with Recorder() as recorder:
+        stage.train().loss(stage(None, batch), batch).backward()
+    kernels = [event for event in recorder.trace.events if isinstance(event, Kernel)]
+    products = sum(kernel.flops for kernel in kernels if kernel.kind == "product")
+    assert products / 64 == pytest.approx(training_flops_per_token(model, 0, lora), rel=0.02)
 
 
 @pytest.mark.parametrize("preset", ["llama-tiny", "gpt2-tiny"])
