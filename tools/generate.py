@@ -22,6 +22,7 @@ from megatron_med.parallel.context import ParallelContext, create_context, singl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--checkpoint", required=True, help="RUN, RUN/checkpoints or one step folder")
+    parser.add_argument("--base", help="of adapters, where it is no longer where they were trained")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text to go on from")
     prompt.add_argument("--prompt-ids", nargs="+", type=int, help="token ids, for a checkpoint without a tokenizer")
@@ -60,7 +61,7 @@ def _generate(arguments: argparse.Namespace, context: ParallelContext) -> None:
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}: it must be at least 1.")
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    generator = Generator(arguments.checkpoint, context, DTYPES[arguments.precision])
+    generator = Generator(arguments.checkpoint, context, DTYPES[arguments.precision], base=arguments.base)
     ids = arguments.prompt_ids or _encode(arguments, generator)
     stop_id = generator.tokenizer.eod_id if generator.tokenizer else None
     new = list(generator.stream(ids, arguments.max_new_tokens, sampling, arguments.seed, stop_id))

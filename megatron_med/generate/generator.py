@@ -34,6 +34,7 @@ class Generator:
         context: the grid, without sequence parallelism; all its ranks call the same methods.
         dtype: of the arithmetic.
         layers_per_stage: layers of each stage; None splits them by cost.
+        base: of adapters, where it is no longer where they were trained.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Generator:
         context: ParallelContext,
         dtype: torch.dtype,
         layers_per_stage: list[int] | None = None,
+        base: str | Path | None = None,
     ) -> None:
         assert not context.sequence_parallel, "single tokens cannot be cut along the sequence"
         step = resolve_checkpoint(checkpoint)
@@ -52,7 +54,7 @@ class Generator:
         if faults:
             raise ConfigError(faults)
         self._context = context
-        self._stage = load_stage(step, context, dtype, layers_per_stage).eval()
+        self._stage = load_stage(step, context, dtype, layers_per_stage, base).eval()
         self._link = PipelineLink(context, dtype)
         stored = step / TOKENIZER
         self.tokenizer: Tokenizer | None = load_tokenizer(stored) if stored.is_dir() else None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from megatron_med.checkpoint.adapter import MERGE, base_of, check_settings, describe_adapter, rows_of
-from megatron_med.checkpoint.folder import read_state, resolve_checkpoint
+from megatron_med.checkpoint.folder import CheckpointState, read_state, resolve_checkpoint
 from megatron_med.checkpoint.load import check_model, check_tokenizer, load_optimizer, verify_checkpoint
 from megatron_med.checkpoint.views import Part
 from megatron_med.config import Config
@@ -95,12 +95,16 @@ def find_source(config: Config, own: Path | None) -> Source | None:
     if step is None or state is None or not has_adapters:
         return Source(None, _plain_base(config, step), everything, False)
     check_settings(state, config.lora, config.model, step)
-    given = config.lora.base
-    if given is None and own is not None and config.checkpoint.load is not None:
-        loaded = Path(config.checkpoint.load)  # moved, perhaps, since the run began
-        if loaded.exists() and read_state(resolve_checkpoint(loaded)).adapter is None:
-            given = str(loaded)
+    given = config.lora.base or _moved_base(config, state)
     return Source(step, base_of(step, state, given), everything, own is not None)
+
+
+def _moved_base(config: Config, state: CheckpointState) -> str | None:
+    """``checkpoint.load``, where that is a base and the one that adapters name is gone."""
+    recorded, load = (state.adapter or {})["base"]["path"], config.checkpoint.load
+    if load is None or Path(recorded).exists() or not Path(load).exists():
+        return None
+    return load if read_state(resolve_checkpoint(load)).adapter is None else None
 
 
 def _plain_base(config: Config, step: Path | None) -> Path:

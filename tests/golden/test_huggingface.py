@@ -8,23 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from megatron_med.checkpoint.folder import read_state, resolve_checkpoint
 from megatron_med.checkpoint.huggingface.convert import export_huggingface, import_huggingface
 from megatron_med.checkpoint.huggingface.files import open_tensors
-from megatron_med.checkpoint.huggingface.verify import checkpoint_logits
-from megatron_med.checkpoint.load import load_weights
+from megatron_med.checkpoint.huggingface.peft import export_adapter, import_adapter
+from megatron_med.checkpoint.huggingface.verify import checkpoint_logits, logits_of
+from megatron_med.checkpoint.load import load_stage, load_weights
 from megatron_med.config import ParallelConfig, model_from_dict
 from megatron_med.errors import CheckpointError, TargetExistsError
 from megatron_med.model.batch import plain_batch
 from megatron_med.model.build import build_stage
 from megatron_med.model.flops import parameter_count
 from megatron_med.parallel.collectives import gather_last_dim
-from megatron_med.parallel.context import create_context
+from megatron_med.parallel.context import create_context, single_process_context
 from megatron_med.tokenizer import load_tokenizer
 from tests.ranks import run_ranks
 
@@ -262,3 +271,39 @@ def test_hub_spelling_without_prefix_is_found(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model(ids).logits.numpy()
     np.testing.assert_allclose(checkpoint_logits(step, ids).numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("llama-tied-theta", {"target_modules": ["k_proj", "gate_proj"], "use_rslora": True}),
+        ("llama-groups", {"target_modules": r".*self_attn\.[qo]_proj"}),
+        ("gpt2", {"target_modules": ["attn.c_proj"], "fan_in_fan_out": True}),
+        ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_rslora": True}),
+    ],
+)
+def test_adapters_of_peft_there_and_back(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    model = _make(name, tmp_path / "hf")
+    base = import_huggingface(tmp_path / "hf", tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, **settings))
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.1)
+    adapted.save_pretrained(tmp_path / "peft")
+    step = import_adapter(tmp_path / "peft", tmp_path / "adapter", base)
+    ids = torch.randint(500, (2, 40), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=ids).logits
+    stage = load_stage(step, single_process_context(), torch.float32)
+    assert (logits_of(stage, ids) - expected).abs().max() < 1e-5
+    export_adapter(step, tmp_path / "again")
+    for file in ("peft", "again"):
+        assert (tmp_path / file / "adapter_model.safetensors").exists()
+    first, second = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("peft", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = peft.PeftModel.from_pretrained(fresh, tmp_path / "again")(input_ids=ids).logits
+    assert (theirs - expected).abs().max() < 1e-5

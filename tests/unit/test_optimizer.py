@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from megatron_med.config.presets import PRESETS
-from megatron_med.config.schema import ModelConfig, OptimizerConfig, ParallelConfig, ParameterGroupConfig
+from megatron_med.config.schema import LoRAConfig, ModelConfig, OptimizerConfig, ParallelConfig, ParameterGroupConfig
 from megatron_med.model.build import build_chunks
+from megatron_med.model.lora import add_adapters
 from megatron_med.optim.loss_scale import LossScaler
 from megatron_med.optim.optimizer import Optimizer
 from megatron_med.parallel.context import single_process_context
@@ -22,10 +23,11 @@ LRS = [1e-3, 2e-3, 1.5e-3, 0.5e-3, 0.1e-3]
 PEAK = 2e-3
 
 
-def _optimizer(**options: Any) -> tuple[nn.ModuleList, BucketedDataParallel, Optimizer]:
+def _optimizer(lora: LoRAConfig | None = None, **options: Any) -> tuple[nn.ModuleList, BucketedDataParallel, Optimizer]:
     context = single_process_context()
     model = ModelConfig(**PRESETS["gpt2-tiny"] | {"num_layers": 1, "hidden_size": 16, "vocab_size": 128})
     chunks = build_chunks(model, context, torch.float32, ParallelConfig())
+    add_adapters(chunks, model, lora or LoRAConfig())
     initialise(chunks, context, seed=1)
     data_parallel = BucketedDataParallel(chunks, context, shard=False)
     config = OptimizerConfig(lr=PEAK, clip_grad=0.0, **options)
@@ -114,6 +116,17 @@ def test_groups_take_their_own_learning_rate_and_decay_and_the_first_match_count
     _check(chunks, before, "layers.0.attention.qkv.weight", decay_of=lambda lr: 30.0 * lr, lr_scale=2.0)
     _check(chunks, before, "layers.0.mlp.up.weight", decay_of=lambda lr: 5.0 * lr)
     _check(chunks, before, "layers.0.mlp.up.bias", decay_of=lambda lr: 0.0)
+
+
+def test_b_of_adapters_learns_faster_where_asked_and_weights_stay() -> None:
+    chunks, data_parallel, optimizer = _optimizer(LoRAConfig(rank=2, lr_scale_b=16.0), weight_decay=30.0)
+    before = _weights(chunks)
+    _train(data_parallel, optimizer)
+    adapter = "layers.0.attention.qkv.lora.c_attn"
+    _check(chunks, before, f"{adapter}_A", decay_of=lambda lr: 30.0 * lr)
+    _check(chunks, before, f"{adapter}_B", decay_of=lambda lr: 30.0 * lr, lr_scale=16.0)
+    after = _weights(chunks)
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [f"{adapter}_A", f"{adapter}_B"]
 
 
 def test_fresh_moments_of_a_resumed_run_are_corrected_from_their_own_beginning() -> None:

@@ -193,8 +193,8 @@ def _layout(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> tuple[
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / ADAPTER).is_file():
         raise CheckpointError(
-            f"{folder} holds an adapter ({ADAPTER}), which would be left out. Merge it into the model first "
-            "(peft: model.merge_and_unload()), and save that."
+            f"{folder} holds an adapter ({ADAPTER}), which would be left out. Import the model without it, then the "
+            "adapter with tools/convert_adapter.py import; or merge it first (peft: model.merge_and_unload())."
         )
     used = _indexed(folder) if (folder / INDEX).is_file() else [folder / SINGLE]
     if not used[0].is_file():
