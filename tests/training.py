@@ -135,6 +135,34 @@ def recorded_steps(config: Config, steps: int = 2) -> tuple[Recorder, Trace]:
     return recorder, trace
 
 
+MEMORY_GRIDS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "nothing sharded": (2, {"sharding": "none", "tensor": 2}),
+    "optimizer sharded": (4, {"tensor": 2}),
+    "two stages": (4, {"pipeline": 2, "layers_per_stage": [2, 3]}),
+    "fully sharded": (2, {"sharding": "full"}),
+    "fully sharded in a pipeline": (4, {"sharding": "full", "pipeline": 2, "layers_per_stage": [2, 3]}),
+}
+"""Ranks and cuts on which planned and measured memory are compared."""
+
+WIDE = {"hidden_size": 128, "num_attention_heads": 8, "max_position_embeddings": 256}
+
+
+def memory_config(prefix: Path, grid: str, family: str = "llama") -> Config:
+    """A run whose tensors are large beside what Python and torch take for themselves."""
+    groups = {"num_query_groups": 4, "ffn_hidden_size": 704} if family == "llama" else {}
+    model = MODELS[family] | WIDE | groups
+    config = make_config(prefix, model, precision="bf16", batch=16, micro_batch=2, **MEMORY_GRIDS[grid][1])
+    config.data.sequence_length = 128
+    return config
+
+
+def measured_peak(config: Config) -> int:
+    """Largest memory of this rank, in bytes."""
+    recorder, _ = recorded_steps(config)
+    return recorder.peak
+
+
 def train_and_save(config: Config, target: Path, source: Path | None, first: int, last: int) -> list[float]:
     """Loads ``source`` where there is one, trains steps ``first`` to ``last`` at a fixed learning rate and saves."""
     train_module, loader = set_up(config)
@@ -166,7 +194,13 @@ def stored_entries(folder: Path) -> dict[str, torch.Tensor]:
 
 def train_ranks(config: Config) -> tuple[list[float], list[float], list[tuple[str, tuple[int, ...], Any, np.ndarray]]]:
     """Trains on every rank; losses, norms, and this rank's shards of the first step's gradients."""
-    train_module, loader = set_up(config)
+    return train_from_here(config, *set_up(config))
+
+
+def train_from_here(
+    config: Config, train_module: TrainModule, loader: BatchLoader
+) -> tuple[list[float], list[float], list[tuple[str, tuple[int, ...], Any, np.ndarray]]]:
+    """The same with what the model holds already."""
     size = config.train.global_batch_size
     compute_gradients(train_module, loader.load(0, size, 1), StepTimer(torch.device("cpu")))
     shards = [_gradient_shard(train_module, item) for item in train_module.optimizer.owned]

@@ -24,7 +24,15 @@ from megatron_med.plan.cluster import KINDS, Cluster
 from megatron_med.plan.predict import plan
 from tests.cli.processes import python, read_metrics, train, train_on_ranks, write_config
 from tests.ranks import run_ranks
-from tests.training import MODELS, make_config, recorded_steps, stored_entries, train_and_save
+from tests.training import (
+    MEMORY_GRIDS,
+    MODELS,
+    make_config,
+    measured_peak,
+    memory_config,
+    stored_entries,
+    train_and_save,
+)
 
 STAGE = ["embedding.*", "layers.0.*", "layers.1.*"]
 """All that the first of two stages holds, with ``layers_per_stage`` [2, 3]."""
@@ -124,35 +132,17 @@ def test_a_frozen_weight_is_stored_and_exported_in_the_precision_of_the_run(
     )
 
 
-WIDE = {"hidden_size": 128, "num_attention_heads": 8, "max_position_embeddings": 256}
-PLANNED: dict[str, tuple[int, dict[str, Any]]] = {
-    "one rank": (1, {}),
-    "nothing sharded": (2, {"sharding": "none", "tensor": 2}),
-    "optimizer sharded": (4, {"tensor": 2}),
-    "two stages": (4, {"pipeline": 2, "layers_per_stage": [2, 3]}),
-    "fully sharded": (2, {"sharding": "full"}),
-    "fully sharded in a pipeline": (4, {"sharding": "full", "pipeline": 2, "layers_per_stage": [2, 3]}),
-}
-
-
-def _peak(config: Config) -> int:
-    recorder, _ = recorded_steps(config)
-    return recorder.peak
-
-
 @pytest.mark.parametrize("patterns", [SOME, STAGE], ids=["some", "a stage"])
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", MEMORY_GRIDS)
 def test_memory_has_no_masters_and_moments_and_is_the_planned_one(
     sample_data: Path, name: str, patterns: list[str]
 ) -> None:
-    ranks, parallel = PLANNED[name]
-    model = MODELS["llama"] | WIDE | {"num_query_groups": 4, "ffn_hidden_size": 704}
-    config = make_config(sample_data, model, precision="bf16", batch=16, micro_batch=2, **parallel)
-    config.data.sequence_length = 128
+    ranks, _ = MEMORY_GRIDS[name]
+    config = memory_config(sample_data, name)
     everything = plan(config, Cluster(KINDS["a100-80g"], 1, ranks))
     config.optimizer.groups = [ParameterGroupConfig(pattern, frozen=True) for pattern in patterns]
     planned = plan(config, Cluster(KINDS["a100-80g"], 1, ranks))
-    for rank, peak in enumerate(run_ranks(ranks, _peak, config)):
+    for rank, peak in enumerate(run_ranks(ranks, measured_peak, config)):
         index = rank * len(planned.stages) // ranks
         memory, whole = planned.stages[index].memory, everything.stages[index].memory
         if patterns == SOME or index == 0:

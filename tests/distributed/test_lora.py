@@ -19,16 +19,22 @@ from megatron_med.checkpoint.save import save_checkpoint
 from megatron_med.config.schema import Config, LoRAConfig
 from megatron_med.model.build import build_stage
 from megatron_med.model.lora import add_adapters
-from megatron_med.optim.lr_schedule import learning_rate
 from megatron_med.parallel.context import single_process_context
 from megatron_med.parallel.parameters import initialise, parameters_with_layout
 from megatron_med.plan.cluster import KINDS, Cluster
 from megatron_med.plan.predict import plan
 from megatron_med.train.loading import find_source, load_state
-from megatron_med.train.step import compute_gradients
-from megatron_med.train.timers import StepTimer
 from tests.ranks import run_ranks
-from tests.training import MODELS, _gradient_shard, gather, make_config, one_step, recorded_steps, set_up
+from tests.training import (
+    MEMORY_GRIDS,
+    MODELS,
+    gather,
+    make_config,
+    measured_peak,
+    memory_config,
+    set_up,
+    train_from_here,
+)
 
 ALL = {
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
@@ -144,16 +150,7 @@ def train_adapter(config: Config) -> tuple[list[float], list[float], list[Any]]:
     train_module, loader = set_up(config, range(*NEW_ROWS) if config.lora.train_rows else None)
     trained = {item.layout.name for item in train_module.optimizer.owned}
     load_state(config, find_source(config, None), train_module, None, trained, set())
-    size = config.train.global_batch_size
-    compute_gradients(train_module, loader.load(0, size, 1), StepTimer(torch.device("cpu")))
-    shards = [_gradient_shard(train_module, item) for item in train_module.optimizer.owned]
-    losses, norms = [], []
-    for step in range(1, config.train.steps + 1):
-        lr = learning_rate(config.lr_schedule, config.optimizer.lr, step, config.train.steps)
-        result = one_step(train_module, loader, step, size, lr)
-        losses.append(result.loss)
-        norms.append(result.gradient_norm)
-    return losses, norms, shards
+    return train_from_here(config, train_module, loader)
 
 
 @pytest.fixture(scope="module", params=["llama", "gpt2"])
@@ -230,35 +227,16 @@ def test_rows_of_added_tokens_are_trained_like_rows_of_whole_matrices(
         np.testing.assert_allclose(ours.losses, losses, rtol=1e-5, err_msg=grid)
 
 
-PLANNED: dict[str, tuple[int, dict[str, Any]]] = {
-    "one rank": (1, {}),
-    "nothing sharded": (2, {"sharding": "none", "tensor": 2}),
-    "optimizer sharded": (4, {"tensor": 2}),
-    "two stages": (4, {"pipeline": 2, "layers_per_stage": [2, 3]}),
-    "fully sharded": (2, {"sharding": "full"}),
-    "fully sharded in a pipeline": (4, {"sharding": "full", "pipeline": 2, "layers_per_stage": [2, 3]}),
-}
-
-
-def _peak(config: Config) -> int:
-    recorder, _ = recorded_steps(config)
-    return recorder.peak
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("name", PLANNED)
+@pytest.mark.parametrize("name", MEMORY_GRIDS)
 def test_planned_and_measured_memory(sample_data: Path, name: str, family: str) -> None:
-    ranks, parallel = PLANNED[name]
-    wide = {"hidden_size": 128, "num_attention_heads": 8, "max_position_embeddings": 256}
-    groups = {"num_query_groups": 4, "ffn_hidden_size": 704} if family == "llama" else {}
-    model = MODELS[family] | wide | groups
-    config = make_config(sample_data, model, precision="bf16", batch=16, micro_batch=2, **parallel)
-    config.data.sequence_length = 128
+    ranks, _ = MEMORY_GRIDS[name]
+    config = memory_config(sample_data, name, family)
     everything = plan(config, Cluster(KINDS["a100-80g"], 1, ranks))
     config.lora = LoRAConfig(rank=RANK, alpha=ALPHA, targets=ALL[family], dropout=0.1)
     config.checkpoint.load = "base"
     planned = plan(config, Cluster(KINDS["a100-80g"], 1, ranks))
-    for rank, peak in enumerate(run_ranks(ranks, _peak, config)):
+    for rank, peak in enumerate(run_ranks(ranks, measured_peak, config)):
         memory = planned.stages[rank * len(planned.stages) // ranks].memory
         whole = everything.stages[rank * len(planned.stages) // ranks].memory
         assert memory.optimizer < 0.2 * whole.optimizer

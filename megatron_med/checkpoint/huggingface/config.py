@@ -25,13 +25,22 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} is not a Hugging Face folder: it has no config.json. Check --from.")
+    return read_settings(path, "a model")
+
+
+def read_settings(path: Path, of: str) -> dict[str, Any]:
+    """A JSON file of settings.
+
+    Raises:
+        CheckpointError: it is something else; ``of`` says what it should tell of.
+    """
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}. Fetch it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no settings of a model. Fetch it again.")
-    return config
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} holds no settings of {of}. Fetch it again.")
+    return settings
 
 
 def from_huggingface(config: dict[str, Any]) -> ModelConfig:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.adapter import base_of, describe_adapter, lora_of
 from megatron_med.checkpoint.create import new_step
 from megatron_med.checkpoint.folder import CheckpointState
+from megatron_med.checkpoint.huggingface.config import read_settings
 from megatron_med.checkpoint.huggingface.tokenizer import write_tokenizer
 from megatron_med.checkpoint.load import verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
@@ -223,12 +223,7 @@ def _read_config(source: Path) -> dict[str, Any]:
     path = source / CONFIG
     if not path.is_file():
         raise CheckpointError(f"{source} is no PEFT folder: it has no {CONFIG}. Check --from.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}. Fetch it again.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} holds no settings of an adapter. Fetch it again.")
+    config = read_settings(path, "an adapter")
     odd = [name for name, plain in _PLAIN.items() if config.get(name, plain) not in (plain, None)]
     if odd:
         raise CheckpointError(
