@@ -39,8 +39,9 @@ for split in train valid; do
 done
 
 # Tuned in full, and with LoRA.
-data=(--data.train "[{path: $out/qa-train}]" --data.valid "[{path: $out/qa-valid}]" --data.truncate drop)
-run=(--checkpoint.load "$out/base" --train.steps 0 --train.epochs 4 --train.valid_interval 20)
+data=(--data.train "[{path: $out/qa-train}]" --data.valid "[{path: $out/qa-valid}]" --data.truncate drop
+  --data.sequence_length 256)
+run=(--checkpoint.load "$out/base" --train.steps 0 --train.epochs 6 --train.valid_interval 25)
 train before "${data[@]}" --checkpoint.load "$out/base" --train.steps 1 --optimizer.lr 0 --lr_schedule.min_lr 0
 train full "${data[@]}" "${run[@]}" --optimizer.lr 1e-3
 train lora "${data[@]}" "${run[@]}" --optimizer.lr 4e-3 --lora.rank 16 --lora.alpha 32 \

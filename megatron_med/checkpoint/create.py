@@ -7,8 +7,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_med.checkpoint import folder as folders
+from megatron_med.errors import TargetExistsError
 from megatron_med.outputs import output_folder
 from megatron_med.tokenizer import Tokenizer
+
+
+def refuse_overlap(target: Path, *sources: Path) -> None:
+    """Replacing what is read, or a folder around it, would destroy it.
+
+    Raises:
+        TargetExistsError: ``target`` is or holds one of ``sources``.
+    """
+    replaced = target.resolve()
+    for source in sources:
+        read = source.resolve()
+        if replaced == read or replaced in read.parents:
+            raise TargetExistsError(f"--to {target} holds {source}, which is read: name another target.")
 
 
 @contextmanager

@@ -282,7 +282,17 @@ def resolve_checkpoint(path: str | Path) -> Path:
             return folder
     raise CheckpointError(
         f"There is no checkpoint at {given}. Give a RUN folder, its checkpoints folder or one step-... folder."
+        f"{_foreign_hint(given)}"
     )
+
+
+def _foreign_hint(given: Path) -> str:
+    """What to do with a folder of Hugging Face's."""
+    if (given / "adapter_config.json").is_file():
+        return f" It is a PEFT folder: tools/convert_adapter.py import --from {given} --base CHECKPOINT --to DIR."
+    if (given / "config.json").is_file():
+        return f" It is a Hugging Face folder: tools/convert_checkpoint.py import --from {given} --to DIR."
+    return ""
 
 
 def check_sizes(folder: Path) -> list[str]:

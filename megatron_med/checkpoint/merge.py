@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.adapter import base_of, lora_of, rows_of
-from megatron_med.checkpoint.create import new_step
+from megatron_med.checkpoint.create import new_step, refuse_overlap
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.checkpoint.huggingface.verify import logits_of, sample_ids
 from megatron_med.checkpoint.load import load_stage, verify_checkpoint
@@ -53,6 +53,7 @@ def merge_adapter(
     """
     state = folders.read_state(step)
     weights = base_of(step, state, base)
+    refuse_overlap(target, step, weights)
     refuse_existing(target, overwrite)
     verify_checkpoint(weights, single_process_context())
     stored = step / folders.TOKENIZER

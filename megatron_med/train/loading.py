@@ -92,6 +92,11 @@ def find_source(config: Config, own: Path | None) -> Source | None:
                 f"first: {MERGE.format(adapter=step)}"
             )
         return None if step is None else Source(step, None, everything, own is not None)
+    if own is not None and not has_adapters:
+        raise CheckpointError(
+            f"{own} is of a run that trains all weights: adapters need a run of their own. Set train.output_dir to "
+            f"another folder and, to begin with these weights, checkpoint.load to {own.parent.parent}."
+        )
     if step is None or state is None or not has_adapters:
         return Source(None, _plain_base(config, step), everything, False)
     check_settings(state, config.lora, config.model, step)

@@ -169,11 +169,16 @@ def test_peft_loads_ours_and_ours_loads_pefts(tuned: Path, huggingface: Path, ba
     ours = _logits(tuned, IDS)
     assert (ours - alone).abs().max() > 1e-2
     assert (ours - theirs).abs().max() < 1e-5
-    _succeeded(ADAPTER, "import", "--from", tmp_path / "peft", "--base", base, "--to", tmp_path / "again")
+    importing = (ADAPTER, "import", "--from", tmp_path / "peft", "--base", base, "--to")
+    _refused("which is read: name another target", *importing, base, "--overwrite")
+    _refused("which is read: name another target", *importing, tmp_path / "peft", "--overwrite")
+    _succeeded(*importing, tmp_path / "again")
     assert torch.equal(_logits(tmp_path / "again", IDS), ours)
 
 
 def test_merged_in_fp32_and_rounded(tuned: Path, tmp_path: Path) -> None:
+    holds = ("--to", resolve_checkpoint(tuned).parents[2], "--overwrite")
+    _refused("which is read: name another target", ADAPTER, "merge", "--from", tuned, *holds)
     told = _succeeded(ADAPTER, "merge", "--from", tuned, "--to", tmp_path / "merged")
     assert "verified: logits of" in told
     assert (_logits(tmp_path / "merged", IDS) - _logits(tuned, IDS)).abs().max() < 1e-5
@@ -243,11 +248,28 @@ def test_another_base_is_refused(tuned: Path, data: Path, base: Path, huggingfac
     assert "holds adapters only" in done.stderr
     _refused("holds adapters only", CONVERT, "export", "--from", tuned, "--to", tmp_path / "no")
     _refused("holds a whole model", ADAPTER, "export", "--from", base, "--to", tmp_path / "no")
+    _succeeded(ADAPTER, "export", "--from", tuned, "--to", tmp_path / "peft")
+    done = train(config, "--checkpoint.load", tmp_path / "peft")
+    assert done.returncode == 2
+    assert "It is a PEFT folder: tools/convert_adapter.py import" in done.stderr
     moved = shutil.move(tmp_path / "other", tmp_path / "elsewhere")
     assert Path(moved).is_dir()
     done = train(config, "--checkpoint.load", tuned, "--train.steps", 1)
     assert done.returncode == 0, done.stderr
     assert "(adapters)" in done.stdout
+
+
+def test_a_run_trains_all_weights_or_adapters_and_stays_with_it(data: Path, base: Path, tmp_path: Path) -> None:
+    config = _config(tmp_path, data, base)
+    in_full = ("--lora.rank", 0, "--lora.alpha", 16, "--lora.targets", "null")
+    assert train(config, *in_full, "--train.steps", 1).returncode == 0
+    done = train(config)
+    assert done.returncode == 2
+    assert "is of a run that trains all weights: adapters need a run of their own" in done.stderr
+    done = train(
+        config, "--train.output_dir", tmp_path / "own", "--checkpoint.load", tmp_path / "run", "--train.steps", 1
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_base_that_has_moved_is_found_where_one_says(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.adapter import MERGE
-from megatron_med.checkpoint.create import new_step
+from megatron_med.checkpoint.create import new_step, refuse_overlap
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.checkpoint.huggingface.checks import check_tensors
 from megatron_med.checkpoint.huggingface.config import from_huggingface, read_config, to_huggingface
@@ -25,7 +25,7 @@ from megatron_med.checkpoint.huggingface.verify import verify_logits
 from megatron_med.checkpoint.load import verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
 from megatron_med.config import ModelConfig, model_from_dict
-from megatron_med.errors import CheckpointError, TargetExistsError
+from megatron_med.errors import CheckpointError
 from megatron_med.files import write_json
 from megatron_med.model.build import DTYPES
 from megatron_med.outputs import output_folder, refuse_existing
@@ -55,7 +55,7 @@ def import_huggingface(
         The step folder.
     """
     pretrained = from_huggingface(read_config(source))
-    _refuse_overlap(source, target)
+    refuse_overlap(target, source)
     refuse_existing(target, overwrite)
     loaded = _tokenizer_of(source, tokenizer, pretrained)
     config = replace(pretrained, vocab_size=max(pretrained.vocab_size, loaded.vocab_size if loaded else 0))
@@ -102,7 +102,7 @@ def export_huggingface(
         overwrite: replace ``target``.
     """
     step = folders.resolve_checkpoint(source)
-    _refuse_overlap(step, target)
+    refuse_overlap(target, step)
     refuse_existing(target, overwrite)
     verify_checkpoint(step, single_process_context())
     state = folders.read_state(step)
@@ -166,10 +166,3 @@ def _check_stored(state: CheckpointState, loaded: Tokenizer, folder: Path) -> No
         raise CheckpointError(
             f"{folder} is not the tokenizer that the model was trained with ({difference}): restore its files."
         )
-
-
-def _refuse_overlap(source: Path, target: Path) -> None:
-    """Replacing what is read, or a folder around it, would destroy it."""
-    replaced, read = target.resolve(), source.resolve()
-    if replaced == read or replaced in read.parents:
-        raise TargetExistsError(f"--to {target} holds {source}, which is read: name another target.")

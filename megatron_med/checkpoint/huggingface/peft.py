@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.adapter import base_of, describe_adapter, lora_of
-from megatron_med.checkpoint.create import new_step
+from megatron_med.checkpoint.create import new_step, refuse_overlap
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.checkpoint.huggingface.config import read_settings
 from megatron_med.checkpoint.huggingface.tokenizer import write_tokenizer
@@ -108,6 +108,7 @@ def export_adapter(
         overwrite: replace ``target``.
     """
     step, state = open_adapter(source)
+    refuse_overlap(target, step)
     refuse_existing(target, overwrite)
     if state.new_rows is not None and lora_of(state).train_rows is not None:
         raise CheckpointError(
@@ -190,6 +191,7 @@ def import_adapter(source: Path, target: Path, base: Path, *, overwrite: bool = 
     """
     config = _read_config(source)
     weights = folders.resolve_checkpoint(base)
+    refuse_overlap(target, source, weights)
     verify_checkpoint(weights, single_process_context())
     state = folders.read_state(weights)
     if state.adapter is not None:
