@@ -63,12 +63,12 @@ def _generate(arguments: argparse.Namespace, context: ParallelContext) -> None:
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     generator = Generator(arguments.checkpoint, context, DTYPES[arguments.precision], base=arguments.base)
     ids = arguments.prompt_ids or _encode(arguments, generator)
-    stop_id = generator.tokenizer.eod_id if generator.tokenizer else None
+    stop_id = generator.stop_id
     new = list(generator.stream(ids, arguments.max_new_tokens, sampling, arguments.seed, stop_id))
     if not context.world.is_first:
         return
     if new and new[-1] == stop_id:
-        new.pop()  # the end of the document is no text
+        new.pop()  # the end of a document or a turn is no text
     if generator.tokenizer is None:
         print(" ".join(map(str, [*ids, *new])))
     else:

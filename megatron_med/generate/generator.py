@@ -49,7 +49,8 @@ class Generator:
         step = resolve_checkpoint(checkpoint)
         verify_checkpoint(step, context)
         self._step = step
-        self.config = model_from_dict(read_state(step).model)
+        state = read_state(step)
+        self.config = model_from_dict(state.model)
         faults = cut_faults(self.config, ParallelConfig(tensor=context.tp.size, pipeline=context.pp.size))
         if faults:
             raise ConfigError(faults)
@@ -58,6 +59,8 @@ class Generator:
         self._link = PipelineLink(context, dtype)
         stored = step / TOKENIZER
         self.tokenizer: Tokenizer | None = load_tokenizer(stored) if stored.is_dir() else None
+        end = self.tokenizer.eod_id if self.tokenizer is not None else None
+        self.stop_id: int | None = state.chat["turn_end_id"] if state.chat is not None else end
 
     @torch.no_grad()
     def stream(

@@ -42,6 +42,8 @@ def check_groups(model: ModelConfig, groups: Sequence[ParameterGroupConfig], lor
     stage = build_stage(model, single_process_context(torch.device("meta")), torch.float32)
     add_adapters([stage], model, lora, range(1))
     faults = group_faults({layout.name for layout, _ in parameters_with_layout(stage) if layout.trained}, groups)
+    if faults and lora.rank:
+        faults.append("With lora.rank only adapters are trained, and groups are groups of them.")
     if faults:
         raise ConfigError(faults)
 

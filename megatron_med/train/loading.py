@@ -121,6 +121,10 @@ def _plain_base(config: Config, step: Path | None) -> Path:
     given = config.lora.base or config.checkpoint.load
     assert given is not None, "validate() asks for one of them"
     base = resolve_checkpoint(given)
+    if step is not None and step.resolve() != base.resolve():
+        raise CheckpointError(
+            f"checkpoint.load names the base {step}, and lora.base {base}: adapters have one base. Leave one out."
+        )
     if read_state(base).adapter is not None:
         raise CheckpointError(
             f"lora.base {base} holds adapters itself: name the weights they stand beside, or merge them first: "

@@ -14,7 +14,7 @@ from torch import nn
 
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.config import Config, dump_config
-from megatron_med.config.lora import targets_of, trained_by_lora
+from megatron_med.config.lora import targets_of
 from megatron_med.data.cache import cache_folder
 from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import find_tokenizer
@@ -122,8 +122,8 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     trained, frozen = _gather_names(train_module)
     if context.world.is_first:
         print(describe(), flush=True)
-    if config.lora.rank and context.world.is_first:
-        print(describe_adapters(config), flush=True)
+    if config.lora.rank:
+        tell_of_adapters(config, train_module)
     loaded = load_state(config, source, train_module, tokenizer, trained, frozen)
     progress, before = loaded.progress, loaded.settings
     horizon = decay_horizon(config, before)
@@ -153,15 +153,18 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     )
 
 
-def describe_adapters(config: Config) -> str:
-    """What is trained beside how much, in words."""
-    model, lora = config.model, config.lora
-    trained, whole = trained_by_lora(model, lora), parameter_count(model)
-    names = ", ".join(dict.fromkeys(target.name for target in targets_of(model, lora)))
-    return (
-        f"adapters of rank {lora.rank} on {names}: {trained:,} parameters are trained, {whole:,} are frozen "
-        f"({100 * trained / whole:.2g} %)"
-    )
+def tell_of_adapters(config: Config, train_module: TrainModule) -> None:
+    """What is trained beside how much, on rank 0."""
+    data_parallel, context = train_module.data_parallel, train_module.context
+    own = sum(item.master.numel() for item in data_parallel.owned if data_parallel.counts_in_norm(item))
+    trained, whole = sum(gather_objects(own, context.world)), parameter_count(config.model)
+    names = ", ".join(dict.fromkeys(target.name for target in targets_of(config.model, config.lora)))
+    if context.world.is_first:
+        print(
+            f"adapters of rank {config.lora.rank} on {names}: {trained:,} parameters are trained beside {whole:,} "
+            f"({100 * trained / whole:.2g} %)",
+            flush=True,
+        )
 
 
 def with_steps(config: Config, corpora: Corpora) -> Config:

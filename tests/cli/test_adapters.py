@@ -206,6 +206,8 @@ def test_rows_of_new_tokens_are_refused_or_trained(
     assert "lora.train_rows: new" in done.stderr
     train_on_ranks(2, config, *options, "--lora.train_rows", "new", "--parallel.tensor", 2)
     run = tmp_path / "run"
+    shown = _succeeded("tools/generate.py", "--checkpoint", run, "--prompt", "What is", "--max-new-tokens", 5)
+    assert shown.startswith("What is")
     entries = stored_entries(resolve_checkpoint(run))
     assert entries["embedding.word.new_rows.weight"].abs().max() > 0
     assert entries["head.new_rows.weight"].shape == (2, 256)
@@ -246,6 +248,12 @@ def test_another_base_is_refused(tuned: Path, data: Path, base: Path, huggingfac
     done = train(config, "--checkpoint.load", tuned, "--lora.rank", 0, "--lora.alpha", 16, "--lora.targets", "null")
     assert done.returncode == 2
     assert "holds adapters only" in done.stderr
+    _succeeded(ADAPTER, "export", "--from", tuned, "--to", tmp_path / "theirs", "--base-model", tmp_path / "hf")
+    importing = (ADAPTER, "import", "--from", tmp_path / "theirs", "--to", tmp_path / "m")
+    _refused("model.norm.weight is not that of", *importing, "--base", base)
+    done = train(config, "--lora.base", tmp_path / "other")
+    assert done.returncode == 2
+    assert "adapters have one base" in done.stderr
     _refused("holds adapters only", CONVERT, "export", "--from", tuned, "--to", tmp_path / "no")
     _refused("holds a whole model", ADAPTER, "export", "--from", base, "--to", tmp_path / "no")
     _succeeded(ADAPTER, "export", "--from", tuned, "--to", tmp_path / "peft")
@@ -343,6 +351,9 @@ def _one_less(tensors: dict[str, torch.Tensor]) -> None:
         (None, {"modules_to_save": ["lm_head"]}, "modules_to_save is ['lm_head']"),
         (None, {"peft_type": "IA3"}, "peft_type is 'IA3'"),
         (None, {"lora_alpha": None}, "lora_alpha is None"),
+        (None, {"lora_alpha": True}, "lora_alpha is True"),
+        (None, {"r": True}, "r is True"),
+        (None, {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', which changes the base"),
     ],
 )
 def test_adapters_that_do_not_fit(

@@ -14,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_med.checkpoint import folder as folders
-from megatron_med.checkpoint.adapter import base_of, describe_adapter, lora_of
+from megatron_med.checkpoint.adapter import MERGE, base_of, describe_adapter, lora_of
 from megatron_med.checkpoint.create import new_step, refuse_overlap
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.checkpoint.huggingface.config import read_settings
+from megatron_med.checkpoint.huggingface.files import open_tensors
+from megatron_med.checkpoint.huggingface.mapping import tensor_maps
 from megatron_med.checkpoint.huggingface.tokenizer import write_tokenizer
 from megatron_med.checkpoint.load import verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
@@ -57,6 +59,8 @@ _PLAIN: dict[str, Any] = {
     "kasa_config": None,
 }
 """Settings of PEFT that change what an adapter computes, and the value that leaves it plain LoRA."""
+_UNCHANGED = (True, False, None, "gaussian", "orthogonal")
+"""``init_lora_weights`` that leave the base as it was; others (PiSSA, OLoRA, ...) take a part out of its weights."""
 _SHOWN = 4
 
 
@@ -113,10 +117,11 @@ def export_adapter(
     if state.new_rows is not None and lora_of(state).train_rows is not None:
         raise CheckpointError(
             f"{step} also holds trained rows of the vocabulary (lora.train_rows), which servers refuse in an adapter. "
-            "Merge it, and export that: tools/convert_adapter.py merge."
+            f"Merge it, and export that: {MERGE.format(adapter=step)}, then tools/convert_checkpoint.py export."
         )
     model, lora = model_from_dict(state.model), lora_of(state)
-    recorded = base_model or str(base_of(step, state, base))
+    named = base_of(step, state, base) if base is not None or base_model is None else None
+    recorded = base_model or str(named)
     stored = step / folders.TOKENIZER
     tokenizer = load_tokenizer(stored) if stored.is_dir() else None
     with output_folder(target, overwrite) as partial:
@@ -201,6 +206,7 @@ def import_adapter(source: Path, target: Path, base: Path, *, overwrite: bool = 
     lora = _from_peft(config, model, tensors)
     known = adapter_tensors(model, lora)
     _check_fit(tensors, known, source)
+    _check_named_base(config, model, weights)
     stored = weights / folders.TOKENIZER
     tokenizer: Tokenizer | None = load_tokenizer(stored) if stored.is_dir() else None
     with new_step(target, overwrite, tokenizer) as partial:
@@ -227,11 +233,41 @@ def _read_config(source: Path) -> dict[str, Any]:
         raise CheckpointError(f"{source} is no PEFT folder: it has no {CONFIG}. Check --from.")
     config = read_settings(path, "an adapter")
     odd = [name for name, plain in _PLAIN.items() if config.get(name, plain) not in (plain, None)]
+    start = config.get("init_lora_weights", True)
+    if start not in _UNCHANGED:
+        raise CheckpointError(
+            f"{path}: init_lora_weights is {start!r}, which changes the base's weights: such an adapter does not "
+            "belong to the base itself. Convert it to plain LoRA with PEFT (save_pretrained with "
+            "path_initial_model_for_weight_conversion), or merge it there."
+        )
     if odd:
         raise CheckpointError(
             [f"{path}: {name} is {config[name]!r}: only {_PLAIN[name]!r} can be imported." for name in odd]
         )
     return config
+
+
+def _check_named_base(config: dict[str, Any], model: ModelConfig, base: Path) -> None:
+    """Compares the first layer and the last norm of the base with those of the folder that the adapter names. Where
+    that is none, nobody can tell, and both are told.
+
+    Raises:
+        CheckpointError: the weights differ.
+    """
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not (Path(name) / "config.json").is_file():
+        print(f"the adapter was made for {name}; it stands beside {base} now")
+        return
+    files, reader = open_tensors(Path(name)), Reader(base)
+    compared = [m for m in tensor_maps(model) if m.layout.name.startswith(("layers.0.", "final_norm."))]
+    for one in compared:
+        mine = reader.read(one.layout.name)
+        fits = all(hf in files and files.shape(hf) == shape for hf, shape in one.hf_shapes(model.vocab_size).items())
+        if not fits or not torch.equal(one.to_canonical(files.read, mine.dtype), mine):
+            raise CheckpointError(
+                f"The adapter was made for {name}, whose {one.hf_names[0]} is not that of {base}: give the base that "
+                "was imported from there."
+            )
 
 
 def _read_tensors(source: Path) -> dict[str, Tensor]:
@@ -252,9 +288,9 @@ def _read_tensors(source: Path) -> dict[str, Tensor]:
 def _from_peft(config: dict[str, Any], model: ModelConfig, tensors: dict[str, Tensor]) -> LoRAConfig:
     """Settings of an adapter. What it adapts is read from its tensors: ``target_modules`` may be a pattern."""
     rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
-    if not (isinstance(rank, int) and rank >= 1):
+    if not (isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1):
         raise CheckpointError(f"{CONFIG}: r is {rank!r}: a whole number of at least 1 is needed.")
-    if not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
         raise CheckpointError(f"{CONFIG}: lora_alpha is {alpha!r}: a number above 0 is needed.")
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise CheckpointError(f"{CONFIG}: lora_dropout is {dropout!r}: a probability below 1 is needed.")
@@ -289,8 +325,10 @@ def _misfits(tensors: dict[str, Tensor], known: list[AdapterTensor]) -> Iterator
             yield f"it has no {one.name}, which the base would have as {list(shape)}."
         elif tuple(tensors[one.name].shape) != shape:
             yield f"{one.name} has the shape {list(tensors[one.name].shape)}, the base's layer makes it {list(shape)}."
-        elif not tensors[one.name].is_floating_point() or not tensors[one.name].isfinite().all():
-            yield f"{one.name} holds values that are no finite floating-point numbers."
+        elif not tensors[one.name].is_floating_point():
+            yield f"{one.name} is stored as {tensors[one.name].dtype}: floating-point numbers are needed."
+        elif not tensors[one.name].isfinite().all():
+            yield f"{one.name} holds values that are not finite (NaN or infinity)."
     names = {one.name for one in known}
     for name in sorted(tensors.keys() - names):
         yield f"it also has {name} {list(tensors[name].shape)}, for which the base has no place."
