@@ -57,8 +57,10 @@ def test_every_recipe_passes_on_the_first_a_middle_and_the_last_rank(recipe: Pat
 
 @pytest.mark.parametrize("recipe", LAPTOP, ids=lambda path: path.stem)
 def test_every_laptop_recipe_passes_on_a_first_a_middle_and_its_last_rank(recipe: Path) -> None:
-    for rank in (0, 5, 7):
-        done = train(recipe, "--data.train", "[{path: none}]", "--data.valid", "[{path: none}]", *_world(8, rank))
+    world_size, ranks = (1, [0]) if recipe.stem == "tuning" else (8, [0, 5, 7])
+    for rank in ranks:
+        world = _world(world_size, rank)
+        done = train(recipe, "--data.train", "[{path: none}]", "--data.valid", "[{path: none}]", *world)
         assert done.returncode == 0, done.stderr[-3000:]
 
 
