@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_med.checkpoint.folder import CheckpointState, checksums, read_state, resolve_checkpoint
 from megatron_med.config.lora import targets_of
-from megatron_med.config.schema import LoRAConfig, ModelConfig
+from megatron_med.config.schema import LoRAConfig, ModelConfig, QuantizeConfig
 from megatron_med.errors import CheckpointError
 
 _FIXED = ("rank", "alpha", "rslora", "targets", "train_rows")
@@ -19,11 +19,15 @@ _FIXED = ("rank", "alpha", "rslora", "targets", "train_rows")
 MERGE = "tools/convert_adapter.py merge --from {adapter} --to DIR"
 
 
-def describe_adapter(lora: LoRAConfig, model: ModelConfig, base: Path) -> dict[str, Any]:
-    """``adapter`` of ``state.json``: the settings, and path and checksum of the base's weights."""
+def describe_adapter(
+    lora: LoRAConfig, model: ModelConfig, base: Path, quantize: QuantizeConfig | None = None
+) -> dict[str, Any]:
+    """``adapter`` of ``state.json``: the settings, path and checksum of the base's weights, and what these were
+    quantised to in training."""
     settings = {name: value for name, value in asdict(lora).items() if name != "base"}
     settings["targets"] = [target.module for target in targets_of(model, lora)]
-    return settings | {"base": {"path": str(base.resolve()), "weights": weights_digest(base)}}
+    described = settings | {"base": {"path": str(base.resolve()), "weights": weights_digest(base)}}
+    return described | ({} if quantize is None or quantize.base is None else {"quantize": asdict(quantize)})
 
 
 def lora_of(state: CheckpointState) -> LoRAConfig:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.adapter import base_of, lora_of, rows_of
 from megatron_med.checkpoint.folder import CheckpointState, read_state
+from megatron_med.checkpoint.moments import load_moments
 from megatron_med.checkpoint.storage import Reader, load_entries
 from megatron_med.checkpoint.views import Part, belongs, moment_name, state_shards, state_views, weight_views
 from megatron_med.config import ModelConfig, model_from_dict
@@ -21,6 +22,7 @@ from megatron_med.errors import CheckpointError
 from megatron_med.model.build import build_stage
 from megatron_med.model.lora import add_adapters
 from megatron_med.model.transformer import Transformer
+from megatron_med.optim.adamw8bit import maxima_name
 from megatron_med.optim.optimizer import MOMENTS, Optimizer
 from megatron_med.parallel.collectives import gather_objects
 from megatron_med.parallel.context import ParallelContext
@@ -67,7 +69,7 @@ def load_optimizer(
     moments: bool,
     without: Collection[str] = (),
     part: Part = "all",
-) -> None:
+) -> list[str]:
     """Fills masters and frozen weights, and moments where asked, of any topology; the caller copies the masters into
     the model.
 
@@ -77,12 +79,21 @@ def load_optimizer(
         moments: whether to load them, too.
         without: parameters whose moments are not there, since they were frozen.
         part: of the model that the folder holds.
+
+    Returns:
+        What the user is to be told.
     """
     shards = state_shards(optimizer, moments, part)
-    for name in without:
+    in_8_bit: set[str] = set()
+    told: list[str] = []
+    if moments:
+        in_8_bit, told = load_moments(folder, Reader(folder), optimizer, context, without)
+    for name in in_8_bit.union(without):
         for moment in MOMENTS:
             shards.pop(moment_name(moment, name), None)
+            shards.pop(moment_name(maxima_name(moment), name), None)
     _load(state_views(shards, optimizer, context), folder)
+    return told
 
 
 def load_stage(

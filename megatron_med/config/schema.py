@@ -201,9 +201,10 @@ class ParameterGroupConfig:
 class OptimizerConfig:
     """AdamW (Loshchilov and Hutter 2019), weight decay not on norms and biases."""
 
-    name: Literal["adamw", "decoupled_adamw"] = "adamw"
+    name: Literal["adamw", "decoupled_adamw", "adamw8bit"] = "adamw"
     """adamw: each step multiplies the weights by 1 - lr x weight_decay. decoupled_adamw: by
-    1 - weight_decay x lr / peak lr, which does not shrink with the learning rate's size (BioMedLM: 1.6e-5)."""
+    1 - weight_decay x lr / peak lr, which does not shrink with the learning rate's size (BioMedLM: 1.6e-5). adamw8bit:
+    adamw with moments in 8 bit (Dettmers et al. 2021), except of embeddings and of fewer than 4,096 values."""
     lr: float = 3.0e-4
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -250,6 +251,21 @@ class LoRAConfig:
     def scale(self) -> float:
         """Factor of the product B A."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@dataclass
+class QuantizeConfig:
+    """A base in fewer bits, beside which adapters are trained."""
+
+    base: Literal["int8", "nf4"] | None = None
+    """int8: products in 8 bit (LLM.int8, Dettmers et al. 2022), a byte a weight. nf4: weights in 4 bit, dequantised for
+    every product (QLoRA, Dettmers et al. 2023). null: in the run's precision. Embedding and head always are."""
+    threshold: float = 6.0
+    """int8: features in which an input reaches it are multiplied in the run's precision. 0: none are."""
+    outliers: Literal["bitsandbytes", "paper"] = "bitsandbytes"
+    """int8: what such a feature takes part in. bitsandbytes: its other values count for the scale of their row, and its
+    weights are the int8 ones. paper: the whole feature is left out, and its weights are kept in the run's precision
+    too, which is two bytes more a weight."""
 
 
 @dataclass
@@ -344,12 +360,17 @@ class Config:
     """Learning rate over the steps."""
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     """Adapters that are trained in place of the weights."""
+    quantize: QuantizeConfig = field(default_factory=QuantizeConfig)
+    """A base in fewer bits."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Reports."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the model; gradients are summed, and master weights kept, in fp32."""
+    kernels: Literal["auto", "reference", "bitsandbytes"] = "auto"
+    """What serves the operations that have several implementations. auto: the first that is installed. reference: plain
+    torch."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations that are computed again in the backward pass. selective: inside attention, where the probabilities
     would be kept (a fused kernel never keeps them). full: whole layers."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_med.config.lora import lora_faults
+from megatron_med.config.quantize import quantize_faults
 from megatron_med.config.ranges import DROPOUTS, counts, numbers
 from megatron_med.config.schema import Config, LRScheduleConfig, ModelConfig, ParallelConfig
 from megatron_med.files import RUN_IDENTITY
@@ -23,6 +24,7 @@ def validate(config: Config, world_size: int) -> list[str]:
         *_pipeline_cut(config.model, config.parallel),
         *_schedule(config.parallel),
         *lora_faults(config),
+        *quantize_faults(config),
         *_batch(config, world_size),
         *_sharding(config, world_size),
         *numbers(config),

@@ -24,6 +24,10 @@ OPERATIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "attention": (),
     "cross_entropy_forward": (),
     "cross_entropy_backward": (),
+    "int8_matmul": (),
+    "nf4_dequantize": (),
+    "quantize_blocks": (),
+    "dequantize_blocks": (),
 }
 """Operation -> (implementation, module) in order of preference; the reference comes last."""
 

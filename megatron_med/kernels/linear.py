@@ -6,6 +6,7 @@ A weight may have more than two dimensions, ``[parts, out, in]``: it is one matr
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +43,18 @@ class LocalLinear(ABC):
         """
 
 
+def own(view: Tensor, shape: Sequence[int]) -> Tensor:
+    """A result of that shape in the same memory, which nobody else holds: adapters add to it in place, and autograd
+    would refuse to let them add to a view."""
+    return torch.ops.aten._unsafe_view(view, shape)
+
+
 class DenseLinear(LocalLinear):
     """Weights in the precision that the model computes with: fp32, bf16 or fp16. Saves nothing."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         out = F.linear(x, _matrix(weight), None if bias is None else bias.flatten())
-        # With a bias torch gives a view of what nobody else holds; autograd would refuse to let adapters add to it.
-        return torch.ops.aten._unsafe_view(out, out.shape) if out._is_view() else out, ()
+        return (own(out, out.shape) if out._is_view() else out), ()  # with a bias torch gives a view
 
     def input_grad(self, weight: Tensor, saved: tuple[Tensor, ...], grad: Tensor) -> Tensor:
         return grad @ _matrix(weight)

@@ -13,6 +13,7 @@ from megatron_med.model.batch import MicroBatch
 from megatron_med.model.cache import KeyValueCache
 from megatron_med.model.mlp import MLP
 from megatron_med.model.norm import LayerNorm
+from megatron_med.model.quantize import FinishLayer, keep_dense
 from megatron_med.model.recompute import KEEP_ALL, Recompute
 from megatron_med.model.transformer import Embedding, Transformer
 from megatron_med.parallel.collectives import split_first_dim
@@ -78,8 +79,9 @@ class GPT2(Transformer):
         chunk: Chunk,
         dtype: torch.dtype,
         recompute: Recompute = KEEP_ALL,
+        finish_layer: FinishLayer = keep_dense,
     ) -> None:
-        super().__init__(config, context, chunk, dtype, recompute)
+        super().__init__(config, context, chunk, dtype, recompute, finish_layer)
         self.embedding_dropout = DropoutRegion(config.embedding_dropout, "embedding", _sequence_shard(context))
 
     def make_embedding(self, dtype: torch.dtype) -> Embedding:

@@ -14,6 +14,7 @@ from megatron_med.model.batch import MicroBatch
 from megatron_med.model.cache import KeyValueCache
 from megatron_med.model.mlp import GatedMLP
 from megatron_med.model.norm import RMSNorm
+from megatron_med.model.quantize import FinishLayer, keep_dense
 from megatron_med.model.recompute import KEEP_ALL, Recompute
 from megatron_med.model.rope import RotaryEmbedding
 from megatron_med.model.transformer import Transformer
@@ -49,8 +50,9 @@ class Llama(Transformer):
         chunk: Chunk,
         dtype: torch.dtype,
         recompute: Recompute = KEEP_ALL,
+        finish_layer: FinishLayer = keep_dense,
     ) -> None:
-        super().__init__(config, context, chunk, dtype, recompute)
+        super().__init__(config, context, chunk, dtype, recompute, finish_layer)
         self.rotary = RotaryEmbedding(config, context.device, dtype)
 
     def make_layer(self, layer: int, dtype: torch.dtype) -> nn.Module:

@@ -12,6 +12,7 @@ from megatron_med.config import ModelConfig
 from megatron_med.config.layers import Chunk
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.cache import KeyValueCache
+from megatron_med.model.quantize import FinishLayer, keep_dense
 from megatron_med.model.recompute import KEEP_ALL, Recompute, recomputed
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.parameters import name_parameters
@@ -37,6 +38,7 @@ class Transformer(nn.Module, ABC):
         chunk: this chunk's layers, and whether it begins and ends the model.
         dtype: of weights and activations.
         recompute: which activations are computed again in the backward pass.
+        finish_layer: what is done to each layer as soon as it is made.
 
     Attributes:
         embedding: on the first chunk, and on the last one where it is tied to the head.
@@ -52,6 +54,7 @@ class Transformer(nn.Module, ABC):
         chunk: Chunk,
         dtype: torch.dtype,
         recompute: Recompute = KEEP_ALL,
+        finish_layer: FinishLayer = keep_dense,
     ) -> None:
         super().__init__()
         self.config = config
@@ -62,7 +65,10 @@ class Transformer(nn.Module, ABC):
         tied = bool(config.tie_embeddings)
         if chunk.is_first or (tied and chunk.is_last):
             self.embedding = self.make_embedding(dtype)
-        self.layers = nn.ModuleList(self.make_layer(layer, dtype) for layer in chunk.layers)
+        self.layers = nn.ModuleList()
+        for index in chunk.layers:
+            self.layers.append(self.make_layer(index, dtype))
+            finish_layer(self.layers[-1], index)
         if chunk.is_last:
             self.final_norm = self.make_norm(dtype)
             self.head = ColumnParallelLinear(

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_med.config.schema import OptimizerConfig
+from megatron_med.optim.adamw8bit import SMALLEST, AdamW8bit
 from megatron_med.optim.groups import group_of
 from megatron_med.parallel.collectives import all_reduce
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.data_parallel.base import DataParallel, FrozenShard, ParameterShard
+
+EMBEDDING = "embedding."
+"""Parameters whose moments stay in 32 bit: few tokens of a batch touch a row (Dettmers et al. 2021, section 2.3)."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state tensors, each shaped like the shard."""
@@ -22,7 +28,8 @@ class Optimizer:
     """torch's AdamW (Loshchilov and Hutter 2019) over fp32 master shards, in groups of equal hyperparameters.
 
     ``decoupled_adamw`` decays the weights by ``weight_decay * lr / initial_lr`` a step instead of
-    ``weight_decay * lr`` (MosaicML's DecoupledAdamW, with which BioMedLM was trained).
+    ``weight_decay * lr`` (MosaicML's DecoupledAdamW, with which BioMedLM was trained). ``adamw8bit`` holds moments in
+    8 bit, except of embeddings and small parameters.
 
     Args:
         data_parallel: owns shards, masters and reduced gradients.
@@ -44,24 +51,29 @@ class Optimizer:
         self.steps = 0
         self.moments_since: dict[str, int] = {}
         self._masters = {item.layout.name: torch.nn.Parameter(item.master) for item in data_parallel.owned}
+        common: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps}
+        # A stage that is frozen as a whole has no parameters, which torch's optimizers refuse.
+        self._updates: list[torch.optim.Optimizer] = []
+        if groups := self._groups(in_8_bit=False):
+            self._updates.append(adamw := torch.optim.AdamW(groups, fused=True, **common))
+            for master in (master for group in groups for master in group["params"]):
+                adamw.state[master] = {"step": torch.zeros((), dtype=torch.float32, device=master.device)}
+                adamw.state[master] |= {moment: torch.zeros_like(master) for moment in MOMENTS}
+        if groups := self._groups(in_8_bit=True):
+            self._updates.append(AdamW8bit(groups, **common))
+
+    def _groups(self, in_8_bit: bool) -> list[dict[str, Any]]:
+        """Parameters of equal hyperparameters together."""
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
-        for item in data_parallel.owned:
-            groups.setdefault(self._hyperparameters(item), []).append(self._masters[item.layout.name])
-        # A stage that is frozen as a whole has no parameters, which AdamW refuses.
-        self._adamw: torch.optim.AdamW | None = None
-        if groups:
-            self._adamw = torch.optim.AdamW(
-                [{"params": group, "lr_scale": scale, "decay": decay} for (scale, decay), group in groups.items()],
-                lr=config.lr,
-                betas=config.betas,
-                eps=config.eps,
-                fused=True,
-            )
-        for master in self._masters.values():
-            state = self._state(master)
-            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(master)
+        for item in self.owned:
+            if self.is_8_bit(item) == in_8_bit:
+                groups.setdefault(self._hyperparameters(item), []).append(self._masters[item.layout.name])
+        return [{"params": group, "lr_scale": scale, "decay": decay} for (scale, decay), group in groups.items()]
+
+    def is_8_bit(self, item: ParameterShard) -> bool:
+        """Whether the moments of a parameter are held in 8 bit: told by the whole of it, so the same on any grid."""
+        size = math.prod(item.layout.global_shape)
+        return self._config.name == "adamw8bit" and size >= SMALLEST and not item.layout.name.startswith(EMBEDDING)
 
     def _hyperparameters(self, item: ParameterShard) -> tuple[float, float]:
         """Factor of the learning rate, and weight decay."""
@@ -72,8 +84,7 @@ class Optimizer:
         return item.layout.lr_scale * group.lr_scale, decay if group.weight_decay is None else group.weight_decay
 
     def _state(self, master: torch.nn.Parameter) -> dict[str, Tensor]:
-        assert self._adamw is not None, "there are masters"
-        return self._adamw.state[master]
+        return next(update.state[master] for update in self._updates if master in update.state)
 
     @property
     def owned(self) -> list[ParameterShard]:
@@ -97,9 +108,11 @@ class Optimizer:
         for name, master in self._masters.items():
             self._state(master)["step"].fill_(steps - self.moments_since.get(name, 0))
 
-    def moment(self, item: ParameterShard, name: str) -> Tensor:
-        """One state tensor of a shard: ``exp_avg`` or ``exp_avg_sq``."""
-        return self._state(self._masters[item.layout.name])[name]
+    def states(self, item: ParameterShard) -> dict[str, Tensor]:
+        """The moments of a shard, ``exp_avg`` and ``exp_avg_sq``, shaped like it; in 8 bit with the maxima of their
+        blocks."""
+        state = self._state(self._masters[item.layout.name])
+        return {name: tensor for name, tensor in state.items() if name != "step"}
 
     @torch.no_grad()
     def gradient_norm(self) -> Tensor:
@@ -121,22 +134,22 @@ class Optimizer:
             loss_scale: that the gradients carry.
         """
         self.steps += 1
-        if self._adamw is not None:
-            self._update(self._adamw, norm, lr, loss_scale)
+        self._update(norm, lr, loss_scale)
         self._data_parallel.start_param_sync()
 
-    def _update(self, adamw: torch.optim.AdamW, norm: Tensor, lr: float, loss_scale: float) -> None:
+    def _update(self, norm: Tensor, lr: float, loss_scale: float) -> None:
         for item in self.owned:
             self._masters[item.layout.name].grad = item.gradient
         factor = torch.ones_like(norm) / loss_scale
         if self._config.clip_grad:
             factor = factor * torch.clamp(self._config.clip_grad / (norm + 1e-6), max=1.0)
-        if self._config.clip_grad or loss_scale != 1:
+        if self.owned and (self._config.clip_grad or loss_scale != 1):
             torch._foreach_mul_([item.gradient for item in self.owned], factor)
-        for group in adamw.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-            group["weight_decay"] = group["decay"]
-            if self._config.name == "decoupled_adamw":  # AdamW multiplies by 1 - lr * weight_decay
-                group["weight_decay"] /= self.initial_lr * group["lr_scale"]
-        adamw.step()
-        adamw.zero_grad()
+        for update in self._updates:
+            for group in update.param_groups:
+                group["lr"] = lr * group["lr_scale"]
+                group["weight_decay"] = group["decay"]
+                if self._config.name == "decoupled_adamw":  # AdamW multiplies by 1 - lr * weight_decay
+                    group["weight_decay"] /= self.initial_lr * group["lr_scale"]
+            update.step()
+            update.zero_grad()

@@ -61,6 +61,22 @@ class ParameterLayout:
             shape[self.tp_dim] //= tp.size
         return tuple(shape)
 
+    def slice_of(self, tensor: tuple[int, int], data: tuple[int, int]) -> list[tuple[int, int]]:
+        """Start and stop, in each dimension of the global tensor, of one slice.
+
+        Args:
+            tensor, data: index and number of the ranks that cut it; data-parallel ones as ``torch.chunk`` does.
+        """
+        box = [(0, size) for size in self.global_shape]
+        if self.tp_dim is not None:
+            length = self.global_shape[self.tp_dim] // tensor[1]
+            box[self.tp_dim] = (tensor[0] * length, (tensor[0] + 1) * length)
+        start, stop = box[self.dp_dim]
+        chunk = -(-(stop - start) // data[1])
+        begin = min(start + data[0] * chunk, stop)
+        box[self.dp_dim] = (begin, min(begin + chunk, stop))
+        return box
+
     def cut(self, tensor: Tensor, tp: Axis) -> Tensor:
         """This tensor-parallel rank's shard of the global tensor."""
         if self.tp_dim is None:
@@ -75,6 +91,10 @@ class RowBlocks:
     start: int
     length: int
     stride: int
+
+    def count(self, total: int) -> int:
+        """How many they are among ``total`` rows."""
+        return total // self.stride * self.length
 
     def rows(self, total: int) -> Tensor:
         """Their indices among ``total`` rows."""

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from megatron_med.checkpoint.adapter import MERGE, base_of, check_settings, describe_adapter, rows_of
 from megatron_med.checkpoint.folder import CheckpointState, read_state, resolve_checkpoint
 from megatron_med.checkpoint.load import check_model, check_tokenizer, load_optimizer, verify_checkpoint
+from megatron_med.checkpoint.quantized import load_quantized
 from megatron_med.checkpoint.views import Part
 from megatron_med.config import Config
 from megatron_med.errors import CheckpointError, UserError
@@ -204,14 +205,15 @@ def load_state(
     loaded = Loaded(Progress(), {})
     if source.base is not None:
         load_optimizer(source.base, train_module.optimizer, context, moments=False, part="base")
+        load_quantized(source.base, train_module.chunks, context)
         loaded.chat = read_state(source.base).chat
-        _tell(context, f"loaded {source.base} (base, frozen)")
+        _tell(context, f"loaded {source.base} (base, frozen{_in_few_bits(config)})")
     if source.step is not None:
         thawed = _load_step(source, source.step, train_module, trained, frozen, config.precision)
         loaded = _go_on(source, source.step, train_module, trained, thawed)
     train_module.data_parallel.start_param_sync()
     if source.base is not None:
-        loaded.adapter = describe_adapter(config.lora, config.model, source.base)
+        loaded.adapter = describe_adapter(config.lora, config.model, source.base, config.quantize)
     loaded.new_rows = read_state(source.model).new_rows
     return loaded
 
@@ -223,9 +225,10 @@ def _load_step(
     context, optimizer, state = train_module.context, train_module.optimizer, read_state(step)
     thawed = sorted(trained.intersection(state.frozen)) if source.everything else []
     part: Part = "all" if source.base is None else "adapters"
-    load_optimizer(step, optimizer, context, moments=source.everything, without=thawed, part=part)
+    told = load_optimizer(step, optimizer, context, moments=source.everything, without=thawed, part=part)
     what = {"all": "weights", "adapters": "adapters"}[part]
-    _tell(context, f"loaded {step} ({'all' if source.everything else what})")
+    for line in [f"loaded {step} ({'all' if source.everything else what})", *told]:
+        _tell(context, line)
     if thawed:
         _tell(context, f"trained from here on, with fresh moments: {_in_words(thawed)} (frozen in {step})")
     if source.everything and state.optimizer_steps is not None:
@@ -249,6 +252,10 @@ def _go_on(source: Source, step: Path, train_module: TrainModule, trained: set[s
         train_module.loss_scaler.load_state_dict(state.loss_scaler)
     progress = Progress(state.step, state.consumed_samples)
     return Loaded(progress, settings_before(step, state), state.chat, state.best if source.is_own else None)
+
+
+def _in_few_bits(config: Config) -> str:
+    return "" if config.quantize.base is None else f", its matrices in {config.quantize.base}"
 
 
 def _tell(context: ParallelContext, line: str) -> None:

@@ -224,7 +224,7 @@ def build_train_module(config: Config, context: ParallelContext, new_rows: range
     """
     dtype = DTYPES[config.precision]
     recompute = Recompute(config.recompute, config.recompute_interval)
-    chunks = build_chunks(config.model, context, dtype, config.parallel, recompute)
+    chunks = build_chunks(config.model, context, dtype, config.parallel, recompute, config.quantize)
     add_adapters(chunks, config.model, config.lora, new_rows)
     initialise(chunks, context, config.train.seed)
     freeze_groups(chunks, config.optimizer.groups)

@@ -172,7 +172,7 @@ def test_the_loss_scale_halves_on_overflow_and_doubles_after_a_window() -> None:
 def test_the_state_is_there_before_the_first_step(name: str) -> None:
     _, data_parallel, optimizer = _optimizer(name=name)
     for item in data_parallel.owned:
-        assert optimizer.moment(item, "exp_avg").shape == item.master.shape
+        assert optimizer.states(item)["exp_avg"].shape == item.master.shape
     assert optimizer.steps == 0
     _train(data_parallel, optimizer)
     assert optimizer.steps == len(LRS)

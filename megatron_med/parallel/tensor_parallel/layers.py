@@ -18,9 +18,11 @@ from megatron_med.parallel.collectives import reduce_from_tensor_parallel
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.parameters import ParameterLayout, RowBlocks, layout_of, make_parameter
 from megatron_med.parallel.pipeline_parallel.weight_grad_store import WeightGradStore
+from megatron_med.parallel.tensor_parallel.int8 import int8_row_parallel
 from megatron_med.parallel.tensor_parallel.linear import InputMode, LinearPlan, parallel_linear
 from megatron_med.parallel.tensor_parallel.lora import ColumnParallelLoRA, LoRA, LoRASettings, Place, RowParallelLoRA
 from megatron_med.parallel.tensor_parallel.new_rows import EmbeddingRows, HeadRows
+from megatron_med.parallel.tensor_parallel.quantized import Int8Weight, QuantizedWeight
 
 
 class ParallelLinear(nn.Module):
@@ -28,18 +30,21 @@ class ParallelLinear(nn.Module):
 
     Attributes:
         local: the products, for the format of the weight.
+        quantized: the weight in few bits; then there is no parameter of that name.
         lora: adapters beside the weight, where there are some.
         new_rows: trained rows of the head, where there are some.
         weight_grads: takes deferred weight gradients; see ``share_weight_grad_store``.
     """
 
-    weight: nn.Parameter
+    weight: nn.Parameter | None
     bias: nn.Parameter | None
 
     def __init__(self, context: ParallelContext) -> None:
         super().__init__()
         self.context = context
         self.local: LocalLinear = DenseLinear()
+        self.quantized: QuantizedWeight | None
+        self.register_module("quantized", None)
         self.lora: LoRA | None
         self.register_module("lora", None)
         self.new_rows: HeadRows | None
@@ -49,7 +54,30 @@ class ParallelLinear(nn.Module):
     def product(self, x: Tensor, bias: Tensor | None, mode: InputMode) -> Tensor:
         """The autograd function on this rank's shard of the weight."""
         mode = mode if self.context.tp.size > 1 else "local"
-        return parallel_linear(x, self.weight, bias, LinearPlan(self.local, mode, self.context, self.weight_grads))
+        plan = LinearPlan(self.local, mode, self.context, self.weight_grads)
+        return parallel_linear(x, self._operand(), bias, plan)
+
+    def _operand(self) -> Tensor:
+        if self.quantized is not None:
+            return self.quantized.codes
+        assert self.weight is not None, "a weight is quantised or a parameter"
+        return self.weight
+
+    @property
+    def weight_layout(self) -> ParameterLayout:
+        """The weight's layout, whatever its format."""
+        return layout_of(self._operand()) if self.quantized is None else self.quantized.layout
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type that the products are in."""
+        return self._operand().dtype if self.quantized is None else self.quantized.dtype
+
+    def quantize(self, weight: QuantizedWeight) -> None:
+        """Puts a weight in few bits into the place of the parameter, which is given up."""
+        self.weight = None
+        self.quantized = weight
+        self.local = weight.local_linear()
 
     def adapted(self, x: Tensor, out: Tensor, dropout_key: str) -> Tensor:
         """``out`` with what is trained beside the weight, for the input ``x``."""
@@ -116,7 +144,7 @@ class ColumnParallelLinear(ParallelLinear):
             settings: of all adapters.
             region: names the dropout masks.
         """
-        shape = layout_of(self.weight).global_shape
+        shape = self.weight_layout.global_shape
         total = math.prod(shape[:-1])
         places: dict[str, Place] = {}
         for name, part in targets.items():
@@ -124,9 +152,10 @@ class ColumnParallelLinear(ParallelLinear):
                 places[name] = Place(total, self.rows_of_parts(total), None)
             else:
                 blocks = self.parts[part]
-                count = total // blocks.stride * blocks.length
-                places[name] = Place(count, {}, blocks if len(shape) == 2 else blocks.cut(self.context.tp))
-        self.lora = ColumnParallelLoRA(places, shape[-1], settings, self.context, self.weight.dtype, region)
+                places[name] = Place(
+                    blocks.count(total), {}, blocks if len(shape) == 2 else blocks.cut(self.context.tp)
+                )
+        self.lora = ColumnParallelLoRA(places, shape[-1], settings, self.context, self.dtype, region)
 
     def forward(self, x: Tensor, dropout_key: str = "") -> Tensor:
         out = self.product(x, self.bias, "gather" if self.context.sequence_parallel else "copy")
@@ -153,13 +182,20 @@ class RowParallelLinear(ParallelLinear):
 
     def add_lora(self, targets: Mapping[str, str | None], settings: LoRASettings, region: str) -> None:
         """Adapters for the whole weight; see ``ColumnParallelLinear.add_lora``."""
-        rows, width = layout_of(self.weight).global_shape
+        rows, width = self.weight_layout.global_shape
         places = dict.fromkeys(targets, Place(rows, {}, None))
-        self.lora = RowParallelLoRA(places, width, settings, self.context, self.weight.dtype, region)
+        self.lora = RowParallelLoRA(places, width, settings, self.context, self.dtype, region)
 
     def forward(self, x: Tensor, dropout_key: str = "") -> Tensor:
-        out = self.adapted(x, self.product(x, None, "local"), dropout_key)
-        out = reduce_from_tensor_parallel(out, self.context.tp, self.context.sequence_parallel)
+        summed = None
+        if isinstance(self.quantized, Int8Weight) and self.context.tp.size > 1:
+            partial, summed = int8_row_parallel(x, self.quantized, self.context)
+        else:
+            partial = self.product(x, None, "local")
+        partial = self.adapted(x, partial, dropout_key)
+        out = reduce_from_tensor_parallel(partial, self.context.tp, self.context.sequence_parallel)
+        if summed is not None:
+            out = out + summed
         return out if self.bias is None else out + self.bias
 
 
@@ -212,7 +248,7 @@ def head_rows(head: ColumnParallelLinear, tokens: range, embedding: VocabParalle
     """Trained rows for a head; those of ``embedding`` where it is tied to that."""
     if embedding is not None and embedding.new_rows is not None:
         return HeadRows(tokens, embedding.new_rows.weight, head.context)
-    weight = _row_differences(layout_of(head.weight), tokens, head.context, head.weight.dtype)
+    weight = _row_differences(head.weight_layout, tokens, head.context, head.dtype)
     return HeadRows(tokens, weight, head.context)
 
 
