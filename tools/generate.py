@@ -34,6 +34,11 @@ def main() -> None:
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument(
+        "--quantize",
+        choices=("none", "int8", "nf4"),
+        help="hold the matrices in 8 or 4 bit; default: as they were while adapters were trained",
+    )
     parser.add_argument("--add-bos", action="store_true", help="begin with the tokenizer's begin-of-sequence id")
     arguments = parser.parse_args()
     try:
@@ -61,7 +66,13 @@ def _generate(arguments: argparse.Namespace, context: ParallelContext) -> None:
     if arguments.max_new_tokens < 1:
         raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}: it must be at least 1.")
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    generator = Generator(arguments.checkpoint, context, DTYPES[arguments.precision], base=arguments.base)
+    generator = Generator(
+        arguments.checkpoint,
+        context,
+        DTYPES[arguments.precision],
+        base=arguments.base,
+        quantize=arguments.quantize,
+    )
     ids = arguments.prompt_ids or _encode(arguments, generator)
     stop_id = generator.stop_id
     new = list(generator.stream(ids, arguments.max_new_tokens, sampling, arguments.seed, stop_id))

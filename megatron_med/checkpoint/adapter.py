@@ -36,6 +36,11 @@ def lora_of(state: CheckpointState) -> LoRAConfig:
     return LoRAConfig(**{name: value for name, value in (state.adapter or {}).items() if name in known})
 
 
+def quantize_of(state: CheckpointState) -> QuantizeConfig:
+    """What a base was quantised to while its adapters were trained."""
+    return QuantizeConfig(**(state.adapter or {}).get("quantize", {}))
+
+
 def rows_of(state: CheckpointState) -> range | None:
     """Tokens that were added to a base's vocabulary and that nothing but adapters has trained."""
     return None if state.new_rows is None else range(*state.new_rows)

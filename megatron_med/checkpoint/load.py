@@ -15,11 +15,13 @@ from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.adapter import base_of, lora_of, rows_of
 from megatron_med.checkpoint.folder import CheckpointState, read_state
 from megatron_med.checkpoint.moments import load_moments
-from megatron_med.checkpoint.storage import Reader, load_entries
+from megatron_med.checkpoint.quantized import load_quantized
+from megatron_med.checkpoint.storage import Reader, check_shapes, load_entries
 from megatron_med.checkpoint.views import Part, belongs, moment_name, state_shards, state_views, weight_views
 from megatron_med.config import ModelConfig, model_from_dict
+from megatron_med.config.schema import QuantizeConfig
 from megatron_med.errors import CheckpointError
-from megatron_med.model.build import build_stage
+from megatron_med.model.build import NOT_QUANTIZED, build_stage
 from megatron_med.model.lora import add_adapters
 from megatron_med.model.transformer import Transformer
 from megatron_med.optim.adamw8bit import maxima_name
@@ -102,6 +104,7 @@ def load_stage(
     dtype: torch.dtype,
     layers_per_stage: list[int] | None = None,
     base: str | Path | None = None,
+    quantize: QuantizeConfig = NOT_QUANTIZED,
 ) -> Transformer:
     """This rank's stage of the model in a step folder, adapters beside the weights of their base.
 
@@ -111,17 +114,20 @@ def load_stage(
         dtype: of the arithmetic.
         layers_per_stage: layers of each stage; None splits them by cost.
         base: where the base of adapters is; None: where it was.
+        quantize: what the matrices are quantised to while they are read.
     """
     state = read_state(folder)
     model = model_from_dict(state.model)
-    stage = build_stage(model, context, dtype, layers_per_stage)
+    stage = build_stage(model, context, dtype, layers_per_stage, quantize)
     if state.adapter is None:
         load_weights(folder, stage, context)
+        load_quantized(folder, stage, context)
         return stage
     add_adapters([stage], model, lora_of(state), rows_of(state))
     weights = base_of(folder, state, base)
     verify_checkpoint(weights, context)
     load_weights(weights, stage, context, "base")
+    load_quantized(weights, stage, context)
     load_weights(folder, stage, context, "adapters")
     return stage
 
@@ -171,32 +177,6 @@ def check_tokenizer(state: CheckpointState, tokenizer: dict[str, Any] | None, fo
             f"The checkpoint {folder} was made with another tokenizer than the data ({difference}). "
             f"Tokenize the data with the tokenizer in {folder / folders.TOKENIZER}."
         )
-
-
-def check_shapes(entries: dict[str, Tensor], folder: Path) -> Reader:
-    """Refuses a checkpoint that lacks an entry, or holds one of another shape.
-
-    Raises:
-        CheckpointError: names the first such entry.
-    """
-    reader = Reader(folder)
-    shapes = reader.shapes()
-    different = [
-        name for name in sorted(entries) if name in shapes and tuple(shapes[name]) != tuple(entries[name].shape)
-    ]
-    if different:
-        name = different[0]
-        raise CheckpointError(
-            f"The checkpoint {folder} holds {name} as {list(shapes[name])}, the model as {list(entries[name].shape)} "
-            f"({len(different)} entries differ). Choose a checkpoint of this model."
-        )
-    missing = sorted(set(entries) - set(shapes))
-    if missing:
-        raise CheckpointError(
-            f"The checkpoint {folder} does not hold {missing[0]} ({len(missing)} entries are missing). "
-            "Load it with checkpoint.load_state: weights, or choose another one."
-        )
-    return reader
 
 
 def _load(entries: dict[str, Tensor], folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_med.checkpoint import folder as folders
-from megatron_med.checkpoint.adapter import base_of, lora_of, rows_of
+from megatron_med.checkpoint.adapter import base_of, lora_of, quantize_of, rows_of
 from megatron_med.checkpoint.create import new_step, refuse_overlap
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.checkpoint.huggingface.verify import logits_of, sample_ids
@@ -122,6 +122,11 @@ def _verify(step: Path, weights: Path, merged: _Merged, tokenizer: Tokenizer | N
     stage = load_stage(step, single_process_context(), torch.float32, base=weights)
     ids = sample_ids(stage.config, tokenizer)
     beside = logits_of(stage, ids)
+    quantized = quantize_of(folders.read_state(step))
+    if quantized.base is not None:
+        few = load_stage(step, single_process_context(), torch.float32, base=weights, quantize=quantized)
+        logits_in_few_bits = logits_of(few, ids)
+        del few
     for module in stage.modules():
         if isinstance(module, ParallelLinear):
             module.lora = module.new_rows = None
@@ -137,6 +142,11 @@ def _verify(step: Path, weights: Path, merged: _Merged, tokenizer: Tokenizer | N
             f"{weights} with {step}: nothing was written."
         )
     print(f"verified: logits of {ids.numel()} tokens differ by at most {difference:.2g}")
+    if quantized.base is not None:
+        print(
+            f"these adapters were trained beside weights in {quantized.base}: beside those, the logits differ from the "
+            f"merged model's by up to {(logits_in_few_bits - beside).abs().max().item():.2g}"
+        )
     for parameter in stage.parameters():
         parameter.copy_(parameter.to(dtype))
     return (logits_of(stage, ids) - beside).abs().max().item()

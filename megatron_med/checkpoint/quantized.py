@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from megatron_med.checkpoint.load import check_shapes
-from megatron_med.checkpoint.storage import load_entries
+from megatron_med.checkpoint.storage import check_shapes, load_entries
 from megatron_med.checkpoint.views import GlobalViews
 from megatron_med.errors import CheckpointError
 from megatron_med.parallel.collectives import gather_objects

@@ -182,6 +182,32 @@ def first_cause(error: BaseException) -> BaseException:
     return error
 
 
+def check_shapes(entries: dict[str, Tensor], folder: Path) -> Reader:
+    """Refuses a checkpoint that lacks an entry, or holds one of another shape.
+
+    Raises:
+        CheckpointError: names the first such entry.
+    """
+    reader = Reader(folder)
+    shapes = reader.shapes()
+    different = [
+        name for name in sorted(entries) if name in shapes and tuple(shapes[name]) != tuple(entries[name].shape)
+    ]
+    if different:
+        name = different[0]
+        raise CheckpointError(
+            f"The checkpoint {folder} holds {name} as {list(shapes[name])}, the model as {list(entries[name].shape)} "
+            f"({len(different)} entries differ). Choose a checkpoint of this model."
+        )
+    missing = sorted(set(entries) - set(shapes))
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint {folder} does not hold {missing[0]} ({len(missing)} entries are missing). "
+            "Load it with checkpoint.load_state: weights, or choose another one."
+        )
+    return reader
+
+
 def load_entries(entries: dict[str, Tensor], reader: Reader, *, no_dist: bool) -> None:
     """Fills tensors in place from a checkpoint, converted to their types."""
     with _without_single_process_warning():

@@ -21,6 +21,11 @@ def quantized_matrices(model: ModelConfig) -> dict[str, list[str | None]]:
     return linears
 
 
+def quantize_named(name: str) -> QuantizeConfig:
+    """The default settings of ``int8`` or ``nf4``; of ``none`` no quantisation."""
+    return QuantizeConfig(base=None if name == "none" else name)  # type: ignore[arg-type]
+
+
 def quantize_faults(config: Config) -> Iterator[str]:
     """Settings of a quantised base that cannot be meant."""
     quantize = config.quantize
@@ -39,8 +44,6 @@ def quantize_faults(config: Config) -> Iterator[str]:
 
 
 def _int8_faults(quantize: QuantizeConfig) -> Iterator[str]:
-    if not 0 <= quantize.threshold < 65504:
-        yield f"quantize.threshold is {quantize.threshold}: it must be 0 (no outliers) or above, and below 65504."
     default = QuantizeConfig()
     if quantize.base != "int8" and (quantize.threshold, quantize.outliers) != (default.threshold, default.outliers):
         yield (

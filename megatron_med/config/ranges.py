@@ -96,6 +96,7 @@ def _from_0(config: Config) -> Iterator[str]:
         "optimizer.clip_grad": optimizer.clip_grad,
         "optimizer.initial_loss_scale": optimizer.initial_loss_scale,
         "optimizer.min_loss_scale": optimizer.min_loss_scale,
+        "quantize.threshold": config.quantize.threshold,
         "train.steps": config.train.steps,
         "lr_schedule.warmup_steps": config.lr_schedule.warmup_steps,
         "train.valid_interval": config.train.valid_interval,

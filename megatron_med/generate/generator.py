@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_med.checkpoint.adapter import quantize_of
 from megatron_med.checkpoint.folder import TOKENIZER, read_state, resolve_checkpoint
 from megatron_med.checkpoint.load import load_stage, verify_checkpoint
 from megatron_med.config import ParallelConfig, model_from_dict
+from megatron_med.config.quantize import nf4_faults, quantize_named
 from megatron_med.config.validate import cut_faults
 from megatron_med.errors import CheckpointError, ConfigError
 from megatron_med.generate.sampling import Sampling, next_token
@@ -35,6 +37,8 @@ class Generator:
         dtype: of the arithmetic.
         layers_per_stage: layers of each stage; None splits them by cost.
         base: of adapters, where it is no longer where they were trained.
+        quantize: what the matrices are quantised to: int8, nf4 or none. None: what they were while adapters were
+            trained.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Generator:
         dtype: torch.dtype,
         layers_per_stage: list[int] | None = None,
         base: str | Path | None = None,
+        quantize: str | None = None,
     ) -> None:
         assert not context.sequence_parallel, "single tokens cannot be cut along the sequence"
         step = resolve_checkpoint(checkpoint)
@@ -51,11 +56,13 @@ class Generator:
         self._step = step
         state = read_state(step)
         self.config = model_from_dict(state.model)
+        format_ = quantize_of(state) if quantize is None else quantize_named(quantize)
         faults = cut_faults(self.config, ParallelConfig(tensor=context.tp.size, pipeline=context.pp.size))
+        faults += nf4_faults(self.config, context.tp.size, format_)
         if faults:
             raise ConfigError(faults)
         self._context = context
-        self._stage = load_stage(step, context, dtype, layers_per_stage, base).eval()
+        self._stage = load_stage(step, context, dtype, layers_per_stage, base, format_).eval()
         self._link = PipelineLink(context, dtype)
         stored = step / TOKENIZER
         self.tokenizer: Tokenizer | None = load_tokenizer(stored) if stored.is_dir() else None

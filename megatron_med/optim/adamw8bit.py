@@ -9,15 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_med.config.schema import OptimizerConfig
 from megatron_med.kernels.blockwise import BLOCK, blocks_of, dequantize_blocks, quantize_blocks
+from megatron_med.parallel.parameters import ParameterLayout
 
 SMALLEST = 4_096
 """A parameter with fewer values keeps its moments in 32 bit."""
+
+EMBEDDING = "embedding."
+"""Parameters whose moments stay in 32 bit: few tokens of a batch touch a row (Dettmers et al. 2021, section 2.3)."""
 
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 """Whether a moment's values may be negative."""
 
 _AT_ONCE = BLOCK << 13
+
+
+def in_8_bit(layout: ParameterLayout, optimizer: OptimizerConfig) -> bool:
+    """Whether the moments of a parameter are held in 8 bit: told by the whole of it, so the same on any grid."""
+    size = math.prod(layout.global_shape)
+    return optimizer.name == "adamw8bit" and size >= SMALLEST and not layout.name.startswith(EMBEDDING)
 
 
 def maxima_name(moment: str) -> str:

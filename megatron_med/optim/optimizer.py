@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,14 +10,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_med.config.schema import OptimizerConfig
-from megatron_med.optim.adamw8bit import SMALLEST, AdamW8bit
+from megatron_med.optim.adamw8bit import AdamW8bit, in_8_bit
 from megatron_med.optim.groups import group_of
 from megatron_med.parallel.collectives import all_reduce
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.data_parallel.base import DataParallel, FrozenShard, ParameterShard
-
-EMBEDDING = "embedding."
-"""Parameters whose moments stay in 32 bit: few tokens of a batch touch a row (Dettmers et al. 2021, section 2.3)."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state tensors, each shaped like the shard."""
@@ -71,9 +67,8 @@ class Optimizer:
         return [{"params": group, "lr_scale": scale, "decay": decay} for (scale, decay), group in groups.items()]
 
     def is_8_bit(self, item: ParameterShard) -> bool:
-        """Whether the moments of a parameter are held in 8 bit: told by the whole of it, so the same on any grid."""
-        size = math.prod(item.layout.global_shape)
-        return self._config.name == "adamw8bit" and size >= SMALLEST and not item.layout.name.startswith(EMBEDDING)
+        """Whether the moments of a parameter are held in 8 bit."""
+        return in_8_bit(item.layout, self._config)
 
     def _hyperparameters(self, item: ParameterShard) -> tuple[float, float]:
         """Factor of the learning rate, and weight decay."""

@@ -19,11 +19,12 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megatron_med.config import Config, ModelConfig
 from megatron_med.config.layers import Chunk
-from megatron_med.config.schema import LoRAConfig, OverlapConfig
+from megatron_med.config.schema import LoRAConfig, OverlapConfig, QuantizeConfig
 from megatron_med.launch.fake import start_fake_process_group
 from megatron_med.model.batch import MicroBatch, plain_batch
 from megatron_med.model.build import DTYPES, FAMILIES
 from megatron_med.model.lora import add_adapters
+from megatron_med.model.quantize import quantizer
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
 from megatron_med.parallel.context import Axis, ParallelContext
@@ -48,6 +49,7 @@ class LayerShape:
 
     model: ModelConfig
     lora: LoRAConfig
+    quantize: QuantizeConfig
     tensor: int
     sequence_parallel: bool
     overlap_tensor: bool
@@ -106,6 +108,7 @@ def shape_of(config: Config) -> LayerShape:
     return LayerShape(
         model=config.model,
         lora=config.lora,
+        quantize=config.quantize,
         tensor=parallel.tensor,
         sequence_parallel=parallel.sequence_parallel and parallel.tensor > 1,
         overlap_tensor=parallel.overlap.tensor,
@@ -248,7 +251,8 @@ def trace_layers(shape: LayerShape) -> LayerTrace:
     dtype = DTYPES[shape.precision]
     with FakeTensorMode(allow_non_fake_inputs=True):
         chunk = Chunk(range(shape.layers), shape.has_embedding, shape.has_head)
-        stage = FAMILIES[shape.model.family](shape.model, context, chunk, dtype, shape.recompute)
+        finish = quantizer(shape.model, context, dtype, shape.quantize)
+        stage = FAMILIES[shape.model.family](shape.model, context, chunk, dtype, shape.recompute, finish)
         add_adapters([stage], shape.model, shape.lora)
         for layout, parameter in parameters_with_layout(stage):
             if _within_its_layer(layout.name) in shape.frozen:

@@ -16,15 +16,19 @@ from torch import Tensor, nn
 
 from megatron_med.config import Config
 from megatron_med.config.layers import Chunk
+from megatron_med.config.schema import OptimizerConfig
+from megatron_med.kernels.blockwise import blocks_of
 from megatron_med.model.build import DTYPES, build_chunks
 from megatron_med.model.lora import add_adapters
 from megatron_med.model.recompute import Recompute
 from megatron_med.model.transformer import Transformer
+from megatron_med.optim.adamw8bit import in_8_bit
 from megatron_med.optim.groups import freeze_groups
 from megatron_med.parallel.context import AXES, Axis, ParallelContext, RankGrid
 from megatron_med.parallel.data_parallel.buckets import BucketedDataParallel
 from megatron_med.parallel.parameters import ParameterLayout, layout_of
 from megatron_med.parallel.pipeline_parallel.schedule import GENERATORS, Action, Forward, Schedule
+from megatron_med.parallel.tensor_parallel.quantized import quantized_weights
 from megatron_med.plan.cluster import Cluster
 from megatron_med.plan.layer_trace import ChunkTrace, shape_of, trace_chunk
 
@@ -229,20 +233,22 @@ def _build(config: Config, stage: int, groups: Mapping[str, Axis]) -> StageState
     sequence_parallel = parallel.sequence_parallel and parallel.tensor > 1
     context = ParallelContext(torch.device("meta"), **axes, sequence_parallel=sequence_parallel)
     dtype = DTYPES[config.precision]
-    chunks = build_chunks(config.model, context, dtype, parallel, Recompute())
+    chunks = build_chunks(config.model, context, dtype, parallel, Recompute(), config.quantize)
     add_adapters(chunks, config.model, config.lora)
     freeze_groups(chunks, config.optimizer.groups)
     shards = 1 if parallel.sharding == "none" else context.fsdp.size
     parameters = [_held(parameter, shards) for parameter in chunks.parameters()]
     layers = [cast(Transformer, chunk).chunk for chunk in chunks]
     elements = sum(held.elements for held in parameters if held.layout.trained)
+    quantized = sum(_bytes(buffer) for weight in quantized_weights(chunks) for buffer in weight.buffers())
+    moments = sum(_moment_bytes(held, config.optimizer) for held in parameters if held.layout.trained)
     if parallel.sharding == "full":
         owned = sum(held.shard for held in parameters if held.layout.trained)
         frozen = sum(held.shard for held in parameters if not held.layout.trained)
-        weights = 4.0 * owned + dtype.itemsize * frozen
+        weights = 4.0 * owned + dtype.itemsize * frozen + quantized
         # FSDP2 sums the gradients of several backward passes whole where it does not cut them after each
         gradients = elements if parallel.pipeline > 1 else owned
-        return StageState(groups, layers, parameters, shards, [], weights, 4.0 * gradients, 8.0 * owned)
+        return StageState(groups, layers, parameters, shards, [], weights, 4.0 * gradients, moments)
     data_parallel = BucketedDataParallel(chunks, context, shard=parallel.sharding == "optimizer")
     buckets = [GradientBucket(sum(p.numel() for p in b.parameters), b.row) for b in data_parallel.buckets]
     own_masters = [item.master for item in data_parallel.owned if not _same_memory(item.master, item.parameter)]
@@ -252,10 +258,21 @@ def _build(config: Config, stage: int, groups: Mapping[str, Axis]) -> StageState
         parameters,
         shards,
         buckets,
-        weights=sum(parameter.numel() * parameter.element_size() for parameter in chunks.parameters()),
+        weights=sum(map(_bytes, chunks.parameters())) + quantized,
         gradients=4.0 * elements + (4.0 * sum(bucket.shard for bucket in buckets) if shards > 1 else 0.0),
-        optimizer=4.0 * sum(m.numel() for m in own_masters) + 8.0 * sum(i.master.numel() for i in data_parallel.owned),
+        optimizer=4.0 * sum(m.numel() for m in own_masters) + moments,
     )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _moment_bytes(held: HeldParameter, optimizer: OptimizerConfig) -> float:
+    """Of both moments of one rank's slice."""
+    if not in_8_bit(held.layout, optimizer):
+        return 8.0 * held.shard
+    return 2.0 * (held.shard + 4 * blocks_of(held.shard))
 
 
 def _same_memory(one: Tensor, other: Tensor) -> bool:

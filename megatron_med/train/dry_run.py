@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_med.checkpoint.folder import read_state
-from megatron_med.checkpoint.load import check_model, check_shapes, check_tokenizer
+from megatron_med.checkpoint.load import check_model, check_tokenizer
+from megatron_med.checkpoint.storage import check_shapes
 from megatron_med.checkpoint.views import Part, state_shards, state_views
 from megatron_med.config import Config, load_config
 from megatron_med.data.cache import cache_folder

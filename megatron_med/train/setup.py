@@ -20,7 +20,7 @@ from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import find_tokenizer
 from megatron_med.data.streams import Corpora, open_split
 from megatron_med.errors import ConfigError
-from megatron_med.kernels.backend import describe
+from megatron_med.kernels.backend import ask_for, describe
 from megatron_med.launch.preflight import preflight
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, build_chunks
@@ -104,6 +104,7 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     Raises:
         UserError: data, run folder or checkpoint do not fit the configuration.
     """
+    ask_for(config.kernels)
     context = create_context(config.parallel, device, timedelta(minutes=config.train.timeout_minutes))
     preflight(context)
     on_first_rank(context, folder.claim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,16 +11,62 @@ import pytest
 import torch
 import yaml
 
-from megatron_med.kernels import backend, cross_entropy, functional
+from megatron_med.errors import ConfigError
+from megatron_med.kernels import backend, blockwise, cross_entropy, functional, int8, nf4
 from megatron_med.kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from megatron_med.tracing.recorder import Recorder
 from tests.cli.processes import train, write_config
 
 
 def test_every_operation_is_listed_and_has_a_reference() -> None:
-    for name in backend.OPERATIONS:
-        assert hasattr(functional, name) != hasattr(cross_entropy, name), name
+    own = {
+        name: function.__module__
+        for module in (functional, cross_entropy, int8, nf4, blockwise)
+        for name, function in vars(module).items()
+        if getattr(function, "__module__", "").startswith("megatron_med.kernels.")
+    }
+    assert backend.OPERATIONS.keys() <= own.keys()
+    by_bitsandbytes = {name for name, choice in backend.choices().items() if choice == "bitsandbytes"}
+    assert by_bitsandbytes == {"int8_matmul", "nf4_dequantize", "quantize_blocks", "dequantize_blocks"}
+
+
+def test_bitsandbytes_serves_where_it_is_asked_for_and_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(97 * 192, generator=generator)
+    x, weight = (torch.randint(-127, 128, (rows, 192), generator=generator, dtype=torch.int8) for rows in (33, 80))
+    codes, maxima = blockwise.quantize_blocks(values, True)
+    packed, largest = torch.empty(values.numel() // 2, dtype=torch.uint8), torch.empty(nf4.blocks_of(values.numel()))
+    nf4.quantize_nf4(values, packed, largest)
+
+    def results() -> list[torch.Tensor]:
+        return [
+            int8.int8_matmul(x, weight),
+            *blockwise.quantize_blocks(values, True),
+            blockwise.dequantize_blocks(codes, maxima, True),
+            nf4.nf4_dequantize(packed, largest, values.numel(), torch.bfloat16),
+        ]
+
+    monkeypatch.setattr(backend, "_asked", "auto")
+    plain = results()
+    called: list[str] = []
+    theirs = importlib.import_module("megatron_med.kernels.bitsandbytes")
+    for name in ("int8_matmul", "nf4_dequantize", "quantize_blocks", "dequantize_blocks"):
+        real = getattr(theirs, name)
+        monkeypatch.setattr(theirs, name, lambda *a, real=real, name=name: called.append(name) or real(*a))
+    assert all(map(torch.equal, plain, results()))
+    assert not called
+    backend.ask_for("bitsandbytes")
+    assert all(map(torch.equal, plain, results()))
+    assert len(called) == 4
+    assert "bitsandbytes (int8_matmul" in backend.describe()
+
+
+def test_bitsandbytes_that_is_asked_for_and_missing_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_is_installed", lambda module: module != "bitsandbytes")
+    monkeypatch.setattr(backend, "_asked", "auto")
     assert set(backend.choices().values()) == {"reference"}
+    with pytest.raises(ConfigError, match=r"pip install 'megatron_med\[bitsandbytes\]'.*plain torch serves"):
+        backend.ask_for("bitsandbytes")
 
 
 def test_the_first_implementation_that_is_installed_serves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -197,27 +198,27 @@ class _Piece(nn.Module):
         starts, self.length = self._runs(rows_of_parts, layout.global_shape[-1])
         blocks = len(starts) * self.length
         device = weight.context.device
-        groups = nf4.block_numbers(starts, self.length).div_(GROUP, rounding_mode="floor").unique()
+        groups = np.unique((starts[:, None] + np.arange(self.length)) // GROUP)
         buffers = {
             "codes": torch.empty((self.count + 1) // 2, dtype=torch.uint8, device=device),
             "maxima": torch.empty(blocks, dtype=torch.uint8, device=device),
             "scales": torch.empty(len(groups), device=device),
             "offset": torch.empty((), device=device),
-            "starts": starts.to(device),
-            "touched": groups.to(device),
+            "starts": torch.tensor(starts, device=device),
+            "touched": torch.tensor(groups, device=device),
         }
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
 
-    def _runs(self, rows_of_parts: list[int], width: int) -> tuple[Tensor, int]:
+    def _runs(self, rows_of_parts: list[int], width: int) -> tuple[np.ndarray, int]:
         """First blocks of the slice's runs of blocks in the whole matrix, and how long these are."""
         if self.by_inputs:
             first = self.tp.rank * nf4.blocks_of(self.width)
-            return torch.arange(sum(rows_of_parts)) * nf4.blocks_of(width) + first, nf4.blocks_of(self.width)
+            return np.arange(sum(rows_of_parts)) * nf4.blocks_of(width) + first, nf4.blocks_of(self.width)
         if self.local_rows == rows_of_parts:
-            return torch.zeros(1, dtype=torch.int64), self.blocks_of_whole
+            return np.zeros(1, dtype=np.int64), self.blocks_of_whole
         (rows,) = set(self.local_rows)
-        before = torch.tensor([sum(rows_of_parts[:part]) for part in range(len(rows_of_parts))])
+        before = np.array([sum(rows_of_parts[:part]) for part in range(len(rows_of_parts))])
         return (before + self.tp.rank * rows) * width // nf4.BLOCK, nf4.blocks_of(rows * width)
 
     def fill(self, matrix: Tensor) -> None:
