@@ -408,6 +408,11 @@ RECIPES = {
     "medalpaca/medalpaca_7b_lora.yaml": (8, "a100-80g:1x8"),
     "medalpaca/medalpaca_13b.yaml": (8, "a100-80g:1x8"),
     "medalpaca/medalpaca_13b_lora.yaml": (8, "a100-80g:1x8"),
+    **{
+        f"medalpaca/medalpaca_{size}_lora_{base}.yaml": (1, "a100-40g:1x1")
+        for size in ("7b", "13b")
+        for base in ("int8", "nf4")
+    },
 }
 
 

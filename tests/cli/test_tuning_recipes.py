@@ -7,8 +7,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_med.tokenizer import load_tokenizer
@@ -17,6 +19,7 @@ from tests.cli.processes import REPOSITORY, python, read_metrics, train_on_ranks
 
 EXAMPLES = REPOSITORY / "examples"
 TOY = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 176}
+WIDER = {"hidden_size": 128, "intermediate_size": 256}
 LENGTH = 1024
 EOS = "<|endoftext|>"
 """End token of the tests' tokenizer."""
@@ -44,15 +47,25 @@ def tokenizer(sample_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.fixture(scope="module")
 def base(tokenizer: Path) -> Path:
     """A small Llama of the first LLaMA's shape, imported."""
+    return _import(tokenizer, "base", TOY)
+
+
+@pytest.fixture(scope="module")
+def wide_base(tokenizer: Path) -> Path:
+    """The same, which two ranks cut into whole blocks of 64."""
+    return _import(tokenizer, "wide", TOY | WIDER)
+
+
+def _import(tokenizer: Path, name: str, shape: dict[str, int]) -> Path:
     folder = tokenizer.parent
     torch.manual_seed(3)
     sizes = {"vocab_size": load_tokenizer(tokenizer).vocab_size, "max_position_embeddings": LENGTH}
-    LlamaForCausalLM(LlamaConfig(**TOY, **sizes)).save_pretrained(folder / "hf")
+    LlamaForCausalLM(LlamaConfig(**shape, **sizes)).save_pretrained(folder / f"{name}-hf")
     _succeeded(
-        *("tools/convert_checkpoint.py", "import", "--from", folder / "hf"),
-        *("--tokenizer", tokenizer, "--to", folder / "base"),
+        *("tools/convert_checkpoint.py", "import", "--from", folder / f"{name}-hf"),
+        *("--tokenizer", tokenizer, "--to", folder / name),
     )
-    return folder / "base"
+    return folder / name
 
 
 def _tune(
@@ -117,6 +130,50 @@ def test_alpaca_then_medalpaca(shared: Path, tokenizer: Path, base: Path, tmp_pa
             run = tmp_path / f"{stage}-merged"
         base = run
     _export(base, tmp_path / "hf", EOS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["int8", "nf4"])
+@pytest.mark.parametrize("size", ["7b", "13b"])
+def test_medalpaca_in_few_bits(
+    shared: Path, tokenizer: Path, wide_base: Path, tmp_path: Path, size: str, base: str
+) -> None:
+    """From raw file to adapter and merged model, on one process and at TP 2 x PP 2."""
+    raw = shared / "instruct" / "medical_meadow_wikidoc_patient.json"
+    _script(EXAMPLES / "medalpaca" / "prepare.sh", "medalpaca", tokenizer, tmp_path / "meadow", 0.1, raw)
+    data = [{"path": str(tmp_path / "meadow-train")}]
+    wider = ("--model.hidden_size", 128, "--model.head_dim", 32, "--model.ffn_hidden_size", 256)
+    common = (*wider, "--optimizer.lr", 5e-2, "--lora.dropout", 0, "--lora.rank", 32, "--train.micro_batch_size", 1)
+    curves = []
+    for ranks, grid in ((1, ()), (4, ("--parallel.tensor", 2, "--parallel.pipeline", 2))):
+        run = tmp_path / f"run-{ranks}"
+        recipe = f"medalpaca/medalpaca_{size}_lora_{base}.yaml"
+        curves.append(_tune(recipe, data, wide_base, run, *common, *grid, ranks=ranks))
+        assert curves[-1][-1] < curves[-1][0] - 0.02
+        step = next((run / "checkpoints").glob("step-*"))
+        described = json.loads((step / "state.json").read_text())["adapter"]
+        assert described["quantize"]["base"] == base
+    np.testing.assert_allclose(*curves, rtol=1e-3)
+    convert = "tools/convert_adapter.py"
+    _succeeded(
+        convert, "export", "--from", run, "--base-model", tokenizer.parent / "wide-hf", "--to", tmp_path / "peft"
+    )
+    adapted = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tokenizer.parent / "wide-hf"), tmp_path / "peft"
+    )
+    told = _succeeded(convert, "merge", "--from", run, "--to", tmp_path / "merged")
+    assert f"these adapters were trained beside weights in {base}" in told
+    _export(tmp_path / "merged", tmp_path / "hf", EOS)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = torch.arange(5, 60).unsqueeze(0)
+    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-4)
+    answers = [
+        _succeeded(
+            "tools/generate.py", "--checkpoint", run, "--prompt", "What is asthma?", "--max-new-tokens", 8, *flags
+        )
+        for flags in ((), ("--quantize", base), ("--quantize", "none"))
+    ]
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.slow
