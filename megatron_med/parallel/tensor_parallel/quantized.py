@@ -63,6 +63,11 @@ class QuantizedWeight(nn.Module, ABC):
     def fill(self, weight: Tensor) -> None:
         """Quantises this rank's shard, in the layout's local shape and ``dtype``. All tensor-parallel ranks call it."""
 
+    def is_finite(self) -> bool:
+        """Whether all that was quantised are numbers: else a scale is none."""
+        small = (buffer for name, buffer in self.named_buffers() if name.rsplit(".")[-1] in ("scales", "offset"))
+        return all(bool(buffer.isfinite().all()) for buffer in small)
+
     @abstractmethod
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight as its products see it, ``[rows, in]``."""
