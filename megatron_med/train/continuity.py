@@ -22,7 +22,7 @@ Settings = dict[str, Any]
 _DECAY = "lr_schedule.decay_steps"
 _STEPS = "train.steps"
 _SINGLE = (_STEPS, "train.global_batch_size", "train.valid_samples", "precision")
-_SECTIONS = ("optimizer", "lr_schedule", "lora")
+_SECTIONS = ("optimizer", "lr_schedule", "lora", "quantize")
 _PLACES = ("lora.base",)
 _DROPOUTS = ("model.embedding_dropout", "model.hidden_dropout", "model.attention_dropout")
 

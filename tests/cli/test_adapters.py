@@ -145,6 +145,31 @@ def test_only_adapters_are_saved_and_a_resume_on_another_grid_is_exact(
     assert state["frozen"] == []
 
 
+def test_beside_few_bits_a_run_goes_on_and_says_what_its_base_was(data: Path, base: Path, tmp_path: Path) -> None:
+    """With the 8-bit optimizer; a resumed run is bitwise the one that went on, and a change is told."""
+    options = ("--lora.rank", 16, "--optimizer.name", "adamw8bit")
+    config = _config(tmp_path, data, base)
+    curves = []
+    for name, stops in (("whole", [6]), ("stopped", [3, 6])):
+        for stop in stops:
+            run = ("--train.output_dir", tmp_path / name, "--train.steps", stop)
+            done = train(config, *options, "--quantize.base", "int8", *run)
+            assert done.returncode == 0, done.stderr
+            assert "(base, frozen, its matrices in int8)" in done.stdout
+        curves.append([line["loss"] for line in read_metrics(tmp_path / name)])
+    assert curves[0] == curves[1]
+    assert curves[0][-1] < curves[0][0] - 0.05
+    state = json.loads((resolve_checkpoint(tmp_path / "whole") / "state.json").read_text())
+    assert state["adapter"]["quantize"] == {"base": "int8", "threshold": 6.0, "outliers": "bitsandbytes"}
+    names = stored_entries(resolve_checkpoint(tmp_path / "whole"))
+    assert any(name.startswith("optimizer.exp_avg_max.") for name in names)
+    run = ("--train.output_dir", tmp_path / "stopped", "--train.steps", 7)
+    done = train(config, *options, "--quantize.base", "nf4", "--optimizer.name", "adamw", *run)
+    assert done.returncode == 0, done.stderr
+    assert "changed from step 7 on: quantize.base int8 -> nf4" in done.stdout
+    assert "were in 8 bit and go on in 32 bit" in done.stdout
+
+
 def test_dropout_masks_are_those_of_a_run_that_was_never_stopped(data: Path, base: Path, tmp_path: Path) -> None:
     curves = []
     for name, stops in (("whole", [4]), ("stopped", [2, 4])):
@@ -310,6 +335,9 @@ def test_a_base_that_has_moved_is_found_where_one_says(
         (("--lora.lr_scale_b", -2), "lora.lr_scale_b is -2"),
         (("--checkpoint.load", "null"), "there is no base"),
         (("--checkpoint.load_state", "all"), "holds no adapters to go on with"),
+        (("--quantize.base", "int4"), "quantize.base"),
+        (("--quantize.base", "int8", "--lora", "{rank: 0}"), "quantised weights cannot be trained"),
+        (("--quantize.base", "nf4", "--parallel.tensor", 3), "must divide"),
         (("--lora.train_rows", "new"), "no token was added to the vocabulary"),
         (("--optimizer.groups", "[{match: 'embedding.*', frozen: true}]"), "embedding.* matches no parameter"),
     ],
