@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From raw text to two tuned models:  bash examples/quickstart/tuning.sh ABSTRACTS.jsonl WIKIDOC_PATIENT.json MEDQUAD.jsonl OUT
+# From raw text to five tuned models:  bash examples/quickstart/tuning.sh ABSTRACTS.jsonl WIKIDOC_PATIENT.json MEDQUAD.jsonl OUT
 set -euo pipefail
 [ $# -eq 4 ] || { echo "usage: tuning.sh ABSTRACTS.jsonl WIKIDOC_PATIENT.json MEDQUAD.jsonl OUT" >&2; exit 2; }
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -38,15 +38,23 @@ for split in train valid; do
     --tokenizer "$out/tokenizer" --template alpaca --workers 2 --overwrite
 done
 
-# Tuned in full, and with LoRA.
+# Tuned in full, with moments in 32 and in 8 bit; and with LoRA, beside weights in 32 bit, int8 and NF4.
 data=(--data.train "[{path: $out/qa-train}]" --data.valid "[{path: $out/qa-valid}]" --data.truncate drop
   --data.sequence_length 256)
 run=(--checkpoint.load "$out/base" --train.steps 0 --train.epochs 6 --train.valid_interval 25)
 train before "${data[@]}" --checkpoint.load "$out/base" --train.steps 1 --optimizer.lr 0 --lr_schedule.min_lr 0
+lora=(--optimizer.lr 4e-3 --lora.rank 16 --lora.alpha 32
+  --lora.targets "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]")
 train full "${data[@]}" "${run[@]}" --optimizer.lr 1e-3
-train lora "${data[@]}" "${run[@]}" --optimizer.lr 4e-3 --lora.rank 16 --lora.alpha 32 \
-  --lora.targets "[q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj]"
-python "$tools/convert_adapter.py" merge --from "$out/lora" --to "$out/lora-merged" --overwrite
-python "$tools/convert_checkpoint.py" export --from "$out/full" --to "$out/full-hf" --verify --overwrite
-python "$tools/convert_checkpoint.py" export --from "$out/lora-merged" --to "$out/lora-hf" --verify --overwrite
+train full-adamw8bit "${data[@]}" "${run[@]}" --optimizer.lr 1e-3 --optimizer.name adamw8bit
+train lora "${data[@]}" "${run[@]}" "${lora[@]}"
+train lora-int8 "${data[@]}" "${run[@]}" "${lora[@]}" --quantize.base int8
+train lora-nf4 "${data[@]}" "${run[@]}" "${lora[@]}" --quantize.base nf4
+for way in lora lora-int8 lora-nf4; do
+  python "$tools/convert_adapter.py" merge --from "$out/$way" --to "$out/$way-merged" --overwrite
+  python "$tools/convert_checkpoint.py" export --from "$out/$way-merged" --to "$out/$way-hf" --verify --overwrite
+done
+for way in full full-adamw8bit; do
+  python "$tools/convert_checkpoint.py" export --from "$out/$way" --to "$out/$way-hf" --verify --overwrite
+done
 python "$here/tuning_report.py" "$out"

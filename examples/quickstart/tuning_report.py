@@ -17,7 +17,7 @@ import transformers
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-WAYS = {"full": "full-hf", "lora": "lora-hf"}
+WAYS = ("full", "full-adamw8bit", "lora", "lora-int8", "lora-nf4")
 ANSWERS = 20
 LONGEST = 400
 
@@ -70,7 +70,7 @@ def main() -> None:
     lines = (out / "qa-valid.jsonl").read_text(encoding="utf-8").splitlines()
     questions = [json.loads(line)["question"] for line in lines][:: max(1, len(lines) // ANSWERS)][:ANSWERS]
     (before,) = held_out(out / "before").values()
-    ended = {way: answers_that_end(out, model, questions) for way, model in WAYS.items()}
+    ended = {way: answers_that_end(out, f"{way}-hf", questions) for way in WAYS}
     draw(out, before)
     print(f"held-out loss before: {before:.3f}")
     print("| way | held-out loss | change | seconds a step | memory, MB | checkpoint, MB | answers that end |")

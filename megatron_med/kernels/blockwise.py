@@ -61,7 +61,8 @@ def _nearest(signed: bool) -> Tensor:
 def _codes_of(scaled: Tensor, signed: bool) -> Tensor:
     """Codes of values between -1 and 1."""
     if scaled.device.type == "cpu":
-        return _nearest(signed)[((scaled + 1) * (0.5 * _STEPS) + 0.5).int()]
+        steps = ((scaled + 1) * (0.5 * _STEPS)).add_(0.5).int()
+        return _nearest(signed).index_select(0, steps)
     return torch.bucketize(scaled, _borders(signed, scaled.device), out_int32=True).to(torch.uint8)
 
 
@@ -118,9 +119,9 @@ def dequantize_blocks(codes: Tensor, maxima: Tensor, signed: bool) -> Tensor:
     table = dynamic_codes(signed, codes.device)
     flat, flat_codes = values.view(-1), codes.view(-1)
     for start in range(0, flat.numel(), AT_ONCE):
-        found = table[flat_codes[start : start + AT_ONCE].int()]
+        found = table.index_select(0, flat_codes[start : start + AT_ONCE].int())
         rows = _padded(found).view(-1, BLOCK)
-        rows = rows * maxima[start // BLOCK : start // BLOCK + rows.shape[0]].unsqueeze(1)
+        rows *= maxima[start // BLOCK : start // BLOCK + rows.shape[0]].unsqueeze(1)
         flat[start : start + AT_ONCE] = rows.view(-1)[: found.numel()]
     return values
 

@@ -53,9 +53,11 @@ def _quantiles(device: torch.device) -> Tensor:
 
 @cache
 def _pairs(device: torch.device) -> Tensor:
-    """Both values of a byte, ``[256, 2]``: the high half comes first."""
+    """Both values of a byte, the high half first, ``[256]``: two fp32 numbers in the memory of one fp64, which a
+    look-up copies at once."""
     values = _quantiles(device)
-    return torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)
+    pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), dim=1)
+    return pairs.contiguous().view(torch.float64).view(-1)
 
 
 def blocks_of(count: int) -> int:
@@ -101,9 +103,9 @@ def nf4_dequantize(codes: Tensor, maxima: Tensor, count: int, dtype: torch.dtype
     pairs = _pairs(codes.device)
     for start in range(0, count, AT_ONCE):
         end = min(count, start + AT_ONCE)
-        found = pairs[codes[start // 2 : (end + 1) // 2].int()].view(-1)[: end - start]
+        found = pairs.index_select(0, codes[start // 2 : (end + 1) // 2].int()).view(torch.float32)[: end - start]
         rows = F.pad(found, (0, -found.numel() % BLOCK)).view(-1, BLOCK)
-        rows = rows * maxima[start // BLOCK : start // BLOCK + rows.shape[0]].unsqueeze(1)
+        rows *= maxima[start // BLOCK : start // BLOCK + rows.shape[0]].unsqueeze(1)
         values[start:end] = rows.view(-1)[: end - start]
     return values
 

@@ -22,7 +22,7 @@ EMBEDDING = "embedding."
 SIGNED = {"exp_avg": True, "exp_avg_sq": False}
 """Whether a moment's values may be negative."""
 
-_AT_ONCE = BLOCK << 13
+_AT_ONCE = BLOCK << 10
 
 
 def in_8_bit(layout: ParameterLayout, optimizer: OptimizerConfig) -> bool:
