@@ -40,7 +40,7 @@ RUN python -c "import torch; v = tuple(map(int, torch.__version__.split('.')[:2]
 assert v >= (2, 13), f'torch {torch.__version__} in the base image: 2.13 or newer is needed, set GPU_BASE'" \
  && python -m pip freeze | grep -i '^torch' > /tmp/torch-before \
  && python -m pip install --no-cache-dir setuptools wheel pybind11 \
- && python -m pip install --no-cache-dir --no-build-isolation '.[verify,corpus]' \
+ && python -m pip install --no-cache-dir --no-build-isolation '.[verify,corpus,bitsandbytes]' \
  && python -m pip freeze | grep -i '^torch' | diff /tmp/torch-before - && rm /tmp/torch-before
 COPY tools tools
 COPY examples examples

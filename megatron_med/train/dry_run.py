@@ -38,6 +38,7 @@ from megatron_med.data.sample import Sample, without_borders
 from megatron_med.data.sources import find_tokenizer
 from megatron_med.data.streams import open_split
 from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserError
+from megatron_med.kernels.backend import ask_for
 from megatron_med.launch.fake import start_fake_process_group
 from megatron_med.optim.groups import check_groups
 from megatron_med.parallel.context import ParallelContext, create_context
@@ -105,6 +106,7 @@ def dry_run(config: Config, world_size: int, rank: int, micro_batches: int = 0) 
     """
     check_groups(config.model, config.optimizer.groups, config.lora)
     device = start_fake_process_group(rank, world_size)
+    ask_for(config.kernels)
     context = create_context(config.parallel, device)
     yield _place(context)
     stream, tokenizer, chat, absent = _open_data(config)

@@ -178,7 +178,7 @@ def test_a_row_parallel_product_equals_the_whole_one(
     assert np.abs(gradient - one["grad"]).max() <= 1e-5 * np.abs(one["grad"]).max()
 
 
-TUNING_GRIDS = [name for name in GRIDS if name != "one process"]
+TUNING_GRIDS = [name for name in GRIDS if name not in ("one process", "full sharding")]
 CURVE_TOLERANCE = {"int8": 2e-4, "nf4": 1e-5}
 """Of a loss, relative. A difference in the last bit of an activation may move an int8 number by one."""
 
@@ -217,8 +217,8 @@ def test_tuning_is_the_same_on_every_grid(tuned: Any, sample_data: Path, name: s
     assert one.losses[-1] < one.losses[0]
     assert one.losses != dense.losses
     np.testing.assert_allclose(one.losses, dense.losses, rtol=0.02)
-    grids = TUNING_GRIDS if name in ("int8, outliers", "nf4") else ["all eight"]
+    every = tuned[0] == "llama" and name in ("int8, outliers", "nf4")
+    grids = TUNING_GRIDS if every else ["all eight"]
     for grid in grids:
         many = _tune(sample_data, tuned, quantize, grid)
-        print(name, grid, np.abs(np.array(many.losses) / np.array(one.losses) - 1).max())
         np.testing.assert_allclose(many.losses, one.losses, rtol=CURVE_TOLERANCE[name[:4].rstrip(",")])

@@ -7,6 +7,7 @@ import torch
 
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from megatron_med.kernels import backend, blockwise, int8, nf4
 from megatron_med.kernels.functional import PackedDocuments, attention
 from megatron_med.kernels.linear import DenseLinear
 from megatron_med.model.batch import plain_batch
@@ -70,3 +71,25 @@ def _step(train_module: object, device: str) -> float:
     ids = (torch.arange(4 * 65).view(4, 65) * 7 % 256).to(device)
     batch = plain_batch(ids[:, :-1], ids[:, 1:])
     return train_step(train_module, [batch], 1e-3, False, StepTimer(torch.device(device))).loss  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernels", ["reference", "auto"])
+@pytest.mark.parametrize("rows", [1, 5, 33])
+def test_low_bits_are_those_of_the_cpu(rows: int, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """int8 products of few and odd rows, NF4 weights, and blocks of moments, which no table of steps serves here."""
+    monkeypatch.setattr(backend, "_asked", kernels)
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(80, 192, generator=generator) * 0.05
+    x = torch.randn(rows, 192, generator=generator)
+    x[:, 7] *= 8
+    codes, scales = torch.empty(80, 192, dtype=torch.int8), int8.row_maxima(weight)
+    int8.quantize_weight(weight, scales, codes)
+    here = int8.int8_linear(x, codes, scales, 6.0, None, False)
+    there = int8.int8_linear(x.cuda(), codes.cuda(), scales.cuda(), 6.0, None, False)
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-3, atol=1e-3)
+    packed, largest = torch.empty(weight.numel() // 2, dtype=torch.uint8), torch.empty(nf4.blocks_of(weight.numel()))
+    nf4.quantize_nf4(weight, packed, largest)
+    dequantized = nf4.nf4_dequantize(packed.cuda(), largest.cuda(), weight.numel(), torch.bfloat16)
+    assert torch.equal(dequantized.cpu(), nf4.nf4_dequantize(packed, largest, weight.numel(), torch.bfloat16))
+    found = blockwise.dequantize_blocks(*blockwise.quantize_blocks(weight.cuda(), True), True)
+    assert (found.cpu() - weight).norm() < 0.02 * weight.norm()
