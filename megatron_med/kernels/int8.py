@@ -220,7 +220,7 @@ class Int8Linear(LocalLinear):
         exact in every type."""
         if self.dense is not None:
             return grad @ self.dense
-        return (grad * (self.scales * (1 / LEVELS)).to(grad.dtype)) @ weight.to(grad.dtype)
+        return (grad * (self.scales * (1 / LEVELS))).to(grad.dtype) @ weight.to(grad.dtype)
 
     def weight_grad(
         self, x: Tensor, saved: tuple[Tensor, ...], grad: Tensor, out: Tensor | None = None

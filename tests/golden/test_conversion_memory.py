@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from megatron_med.checkpoint.huggingface.files import open_tensors
 from tests.cli.processes import real_python
+from tests.large_models import write_llama
 
 CONFIG = LlamaConfig(
     vocab_size=8192,
@@ -41,19 +42,7 @@ resource.setrlimit(resource.RLIMIT_DATA, (now + {limit}, resource.RLIM_INFINITY)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """530 MB of bf16, eight times what the conversion may take."""
     folder = tmp_path_factory.mktemp("large")
-    hidden, ffn = CONFIG.hidden_size, CONFIG.intermediate_size
-    layer = {f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
-    layer |= {"mlp.gate_proj.weight": (ffn, hidden), "mlp.up_proj.weight": (ffn, hidden)}
-    layer |= {"mlp.down_proj.weight": (hidden, ffn), "input_layernorm.weight": (hidden,)}
-    layer |= {"post_attention_layernorm.weight": (hidden,)}
-    shapes = {
-        f"model.layers.{i}.{name}": shape for i in range(CONFIG.num_hidden_layers) for name, shape in layer.items()
-    }
-    shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (CONFIG.vocab_size, hidden))
-    shapes["model.norm.weight"] = (hidden,)
-    tensors = {name: torch.empty(shape, dtype=torch.bfloat16).uniform_(-1, 1) for name, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    CONFIG.save_pretrained(folder)
+    write_llama(CONFIG, folder)
     return folder
 
 

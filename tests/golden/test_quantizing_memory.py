@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import save_file
 from transformers import LlamaConfig
 
 from megatron_med.checkpoint.huggingface.convert import import_huggingface
 from megatron_med.checkpoint.storage import Reader
 from tests.cli.processes import real_python
+from tests.large_models import write_llama
 
 CONFIG = LlamaConfig(
     vocab_size=32_000,
@@ -49,20 +48,7 @@ print(resident("VmHWM") - before, held)
 def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """950 MB of bf16, an eighth of it in the largest tensor."""
     folder = tmp_path_factory.mktemp("base")
-    hidden, ffn, keys = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.hidden_size // 4
-    layer = {f"self_attn.{name}_proj.weight": (hidden, hidden) for name in "qo"}
-    layer |= {f"self_attn.{name}_proj.weight": (keys, hidden) for name in "kv"}
-    layer |= {"mlp.gate_proj.weight": (ffn, hidden), "mlp.up_proj.weight": (ffn, hidden)}
-    layer |= {"mlp.down_proj.weight": (hidden, ffn), "input_layernorm.weight": (hidden,)}
-    layer |= {"post_attention_layernorm.weight": (hidden,)}
-    shapes = {
-        f"model.layers.{i}.{name}": shape for i in range(CONFIG.num_hidden_layers) for name, shape in layer.items()
-    }
-    shapes |= dict.fromkeys(("model.embed_tokens.weight", "lm_head.weight"), (CONFIG.vocab_size, hidden))
-    shapes["model.norm.weight"] = (hidden,)
-    tensors = {name: torch.empty(shape, dtype=torch.bfloat16).uniform_(-1, 1) for name, shape in shapes.items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    CONFIG.save_pretrained(folder)
+    write_llama(CONFIG, folder)
     import_huggingface(folder, folder / "checkpoint")
     return folder / "checkpoint" / "step-00000000"
 
