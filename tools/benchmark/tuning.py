@@ -1,0 +1,71 @@
+"""Tokens per second of a tuning step: in full, with LoRA, beside int8 and NF4 weights, with moments in 32 and in 8 bit.
+
+All take turns, step by step, in one process with the same batch and threads; medians, and ratios to the first.
+
+    python tools/benchmark/tuning.py --preset llama-10m --sequence-length 256 --micro-batch-size 4 --precision bf16
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+
+import torch
+from synthetic import make_config, make_step, random_ids, seconds_of
+
+from megatron_med.config.presets import PRESETS
+from megatron_med.config.schema import LoRAConfig, QuantizeConfig
+from megatron_med.errors import run_command
+from megatron_med.parallel.context import single_process_context
+from megatron_med.parallel.tensor_parallel.quantized import quantized_weights
+
+WAYS: dict[str, tuple[str, int, QuantizeConfig]] = {
+    "full": ("adamw", 0, QuantizeConfig()),
+    "full, 8-bit AdamW": ("adamw8bit", 0, QuantizeConfig()),
+    "LoRA": ("adamw", 8, QuantizeConfig()),
+    "LoRA on int8": ("adamw", 8, QuantizeConfig(base="int8")),
+    "LoRA on int8, 8-bit AdamW": ("adamw8bit", 8, QuantizeConfig(base="int8")),
+    "LoRA on NF4": ("adamw", 8, QuantizeConfig(base="nf4")),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="llama-10m", choices=sorted(PRESETS))
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    contestants = {name: _step(arguments, name, device) for name in WAYS}
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for step in range(arguments.steps + 2):
+        for name, run in contestants.items():
+            elapsed = seconds_of(run, device)
+            if step >= 2:
+                seconds[name].append(elapsed)
+    tokens = arguments.micro_batch_size * arguments.sequence_length
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    for name, median in medians.items():
+        print(f"{name:<26} {tokens / median:10,.0f} tokens/s, {medians['full'] / median:5.2f} of the first")
+
+
+def _step(arguments: argparse.Namespace, name: str, device: torch.device) -> Callable[[], object]:
+    """One training step of a way, beside weights that are numbers."""
+    config = make_config(arguments.preset, arguments.sequence_length, arguments.micro_batch_size, arguments.precision)
+    optimizer, rank, config.quantize = WAYS[name]
+    config.optimizer.name = optimizer  # type: ignore[assignment]
+    config.lora = LoRAConfig(rank=rank)
+    train_module, step = make_step(config, single_process_context(device), random_ids(config, device))
+    for weight in quantized_weights(train_module.chunks):
+        shape = weight.layout.global_shape
+        weight.fill((torch.randn(shape, device=device) * config.model.init_std).to(weight.dtype))
+    return step
+
+
+if __name__ == "__main__":
+    run_command(main)
