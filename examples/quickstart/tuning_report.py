@@ -18,6 +18,15 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
 WAYS = ("full", "full-adamw8bit", "lora", "lora-int8", "lora-nf4")
+LINES = {
+    "full": "tab:blue",
+    "full-adamw8bit": "black",
+    "lora": "tab:orange",
+    "lora-int8": "black",
+    "lora-nf4": "tab:red",
+}
+"""Colours; ways in 16 or 32 bit are broad lines, the others thin ones on top of them."""
+
 ANSWERS = 20
 LONGEST = 400
 
@@ -56,7 +65,15 @@ def draw(out: Path, before: float) -> None:
     figure, axes = plt.subplots(figsize=(6, 3.5), layout="constrained")
     for way in WAYS:
         points = {0: before} | held_out(out / way)
-        axes.plot(list(points), list(points.values()), marker=".", label=way)
+        in_few_bits = "-" in way
+        style: dict[str, Any] = {"linewidth": 1.2, "linestyle": ":" if way.endswith("nf4") else "--"}
+        axes.plot(
+            list(points),
+            list(points.values()),
+            color=LINES[way],
+            label=way,
+            **(style if in_few_bits else {"linewidth": 6, "alpha": 0.4}),
+        )
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss of an answer's token")
     axes.set_ylim(bottom=0)
