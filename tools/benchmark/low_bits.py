@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from synthetic import seconds_of
+from synthetic import medians_in_turns
 from torch import Tensor
 
 from megatron_med.errors import run_command
@@ -69,7 +68,7 @@ def _compare_products(arguments: argparse.Namespace, dtype: torch.dtype, device:
         "nf4": _product(nf4.local_linear(), x, nf4.codes, grad),
         "nf4, bitsandbytes": _their_nf4(x, weight, grad),
     }
-    _tell(_medians(contestants, arguments.rounds, device))
+    _tell(medians_in_turns(contestants, arguments.rounds, device))
 
 
 def _product(linear: LocalLinear, x: Tensor, weight: Tensor, grad: Tensor) -> Callable[[], Any]:
@@ -114,17 +113,7 @@ def _compare_updates(arguments: argparse.Namespace, device: torch.device) -> Non
         "AdamW, 8 bit": updates(lambda p: AdamW8bit([{"params": p}], **options)),
         "AdamW, 8 bit, bitsandbytes": updates(lambda p: TheirAdamW8bit(p, **options)),
     }
-    _tell(_medians(contestants, arguments.rounds, device))
-
-
-def _medians(contestants: dict[str, Callable[[], Any]], rounds: int, device: torch.device) -> dict[str, float]:
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(rounds + 1):
-        for name, run in contestants.items():
-            elapsed = seconds_of(run, device)
-            if turn:
-                seconds[name].append(elapsed)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    _tell(medians_in_turns(contestants, arguments.rounds, device))
 
 
 def _tell(medians: dict[str, float]) -> None:

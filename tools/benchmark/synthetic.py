@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -54,3 +56,27 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def medians_in_turns(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1
+) -> dict[str, float]:
+    """Median seconds of each after ``warm_up`` rounds that do not count. All take turns, so that a busy machine slows
+    them alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + warm_up):
+        for name, run in contestants.items():
+            elapsed = seconds_of(run, device)
+            if turn >= warm_up:
+                seconds[name].append(elapsed)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def add_step_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
+    """What a benchmark of training steps asks: model, batch, precision, steps and threads."""
+    parser.add_argument("--preset", default="llama-10m", choices=sorted(PRESETS))
+    parser.add_argument("--sequence-length", type=int, default=256)
+    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--threads", type=int, default=2)

@@ -8,15 +8,13 @@ Both take turns, step by step, in one process; the medians and the ratio are pri
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 
 import torch
-from synthetic import make_config, make_step, random_ids, seconds_of
+from synthetic import add_step_arguments, make_config, make_step, medians_in_turns, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_med.checkpoint.huggingface.config import to_huggingface
-from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import ModelConfig
 from megatron_med.errors import run_command
 from megatron_med.model.build import DTYPES
@@ -25,12 +23,7 @@ from megatron_med.parallel.context import single_process_context
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="llama-10m", choices=sorted(PRESETS))
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
+    add_step_arguments(parser, steps=15)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,14 +33,8 @@ def main() -> None:
         "megatron_med": make_step(config, single_process_context(device), ids)[1],
         "transformers": _theirs(config.model, ids, arguments.precision, device),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for step in range(arguments.steps + 2):
-        for name, run in contestants.items():
-            elapsed = seconds_of(run, device)
-            if step >= 2:
-                seconds[name].append(elapsed)
     tokens = arguments.micro_batch_size * arguments.sequence_length
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians = medians_in_turns(contestants, arguments.steps, device, warm_up=2)
     for name, median in medians.items():
         print(f"{name:14} {tokens / median:10,.0f} tokens/s (median of {arguments.steps} steps)")
     print(f"ratio          {medians['transformers'] / medians['megatron_med']:10.3f}")

@@ -8,13 +8,11 @@ All take turns, step by step, in one process with the same batch and threads; me
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 
 import torch
-from synthetic import make_config, make_step, random_ids, seconds_of
+from synthetic import add_step_arguments, make_config, make_step, medians_in_turns, random_ids
 
-from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import LoRAConfig, QuantizeConfig
 from megatron_med.errors import run_command
 from megatron_med.parallel.context import single_process_context
@@ -32,24 +30,13 @@ WAYS: dict[str, tuple[str, int, QuantizeConfig]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="llama-10m", choices=sorted(PRESETS))
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--micro-batch-size", type=int, default=4)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
+    add_step_arguments(parser, steps=9)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     contestants = {name: _step(arguments, name, device) for name in WAYS}
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for step in range(arguments.steps + 2):
-        for name, run in contestants.items():
-            elapsed = seconds_of(run, device)
-            if step >= 2:
-                seconds[name].append(elapsed)
     tokens = arguments.micro_batch_size * arguments.sequence_length
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    medians = medians_in_turns(contestants, arguments.steps, device, warm_up=2)
     for name, median in medians.items():
         print(f"{name:<26} {tokens / median:10,.0f} tokens/s, {medians['full'] / median:5.2f} of the first")
 
