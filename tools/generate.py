@@ -1,36 +1,90 @@
-"""Continues a prompt with a trained checkpoint; under torchrun with --tensor and --pipeline on several ranks."""
+"""Goes on from prompts, or converses, with a trained checkpoint or a Hugging Face folder.
+
+    python tools/generate.py --checkpoint RUN --prompt "Patients with heart failure"
+    python tools/generate.py --checkpoint RUN --interactive
+    python tools/generate.py --checkpoint RUN --input prompts.jsonl --output answers.jsonl
+    torchrun --nproc-per-node 4 tools/generate.py --tensor 2 --pipeline 2 --checkpoint RUN --prompt "..."
+
+A file of prompts has one object a line: {"prompt": text}, {"prompt_ids": [...]} or {"messages": [...]}. The answers
+come in the same order, and the same command goes on after a kill. Ranks beyond --tensor x --pipeline share the prompts.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_med.config import ParallelConfig
-from megatron_med.errors import CheckpointError, ConfigError, run_command
-from megatron_med.generate.generator import Generator
-from megatron_med.generate.sampling import Sampling
+from megatron_med.errors import ConfigError, UserError, run_command
+from megatron_med.inference.answers import (
+    AnswerFile,
+    Prompt,
+    answered,
+    encode_prompt,
+    read_prompts,
+    requests_of,
+    rounds,
+)
+from megatron_med.inference.engine import Engine
+from megatron_med.inference.interactive import converse
+from megatron_med.inference.load import Loaded, Settings, load_model
+from megatron_med.inference.request import Answer, Request
+from megatron_med.inference.sampling import Sampling
 from megatron_med.launch.environment import read_ranks
 from megatron_med.launch.process_group import start_process_group
 from megatron_med.model.build import DTYPES
+from megatron_med.parallel.collectives import broadcast_object, gather_objects
 from megatron_med.parallel.context import ParallelContext, create_context, single_process_context
+
+_ROUND = 4
+"""Prompts that each row is dealt before the replicas meet to write answers."""
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="RUN, RUN/checkpoints or one step folder")
+    arguments = _parser().parse_args()
+    _check(arguments)
+    try:
+        context = _context(arguments.tensor, arguments.pipeline, shares=arguments.input is not None)
+        _generate(arguments, context)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="RUN, RUN/checkpoints, one step, or a Hugging Face folder")
     parser.add_argument("--base", help="of adapters, where it is no longer where they were trained")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text to go on from")
     prompt.add_argument("--prompt-ids", nargs="+", type=int, help="token ids, for a checkpoint without a tokenizer")
+    prompt.add_argument("--interactive", action="store_true", help="converse on the terminal")
+    prompt.add_argument("--input", type=Path, help="file of prompts, JSONL")
+    parser.add_argument("--output", type=Path, help="file of answers, JSONL; belongs to --input")
+    parser.add_argument("--overwrite", action="store_true", help="begin the file of answers anew")
     parser.add_argument("--max-new-tokens", type=int, default=100)
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="texts that end an answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the most likely token")
     parser.add_argument("--top-k", type=int, default=0, help="only the k most likely tokens; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="only tokens whose probabilities add up to p")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--min-p", type=float, default=0.0, help="only tokens with this share of the best probability")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: earlier tokens are less likely")
+    parser.add_argument("--frequency-penalty", type=float, default=0.0, help="taken from a logit for each earlier use")
+    parser.add_argument("--no-repeat-ngram-size", type=int, default=0, help="no n tokens in a row come twice")
+    parser.add_argument("--beams", type=int, default=1, help="hypotheses of a beam search; 1: none")
+    parser.add_argument("--length-penalty", type=float, default=1.0, help="above 1: longer beams are better")
+    parser.add_argument("--batch-size", type=int, default=16, help="sequences that are written at the same time")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="each prompt draws from its own, made of this and its number"
+    )
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--pipeline", type=int, default=1, help="pipeline stages")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -40,21 +94,31 @@ def main() -> None:
         help="hold the matrices in 8 or 4 bit; default: as they were while adapters were trained",
     )
     parser.add_argument("--add-bos", action="store_true", help="begin with the tokenizer's begin-of-sequence id")
-    arguments = parser.parse_args()
-    try:
-        context = _context(arguments.tensor, arguments.pipeline)
-        _generate(arguments, context)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return parser
 
 
-def _context(tensor: int, pipeline: int) -> ParallelContext:
+def _check(arguments: argparse.Namespace) -> None:
+    faults = [
+        f"--{name} is {value}: it must be at least 1."
+        for name, value in (("max-new-tokens", arguments.max_new_tokens), ("batch-size", arguments.batch_size))
+        if value < 1
+    ]
+    if (arguments.input is None) != (arguments.output is None):
+        faults.append("--input and --output belong together: a file of prompts, and one for their answers.")
+    if arguments.beams > 1 and (arguments.interactive or arguments.stop):
+        faults.append("--beams writes whole answers that end with an end token: leave out --interactive and --stop.")
+    if faults:
+        raise ConfigError(faults)
+
+
+def _context(tensor: int, pipeline: int, shares: bool) -> ParallelContext:
+    """The grid; data-parallel ranks only where there are prompts to share."""
     _, world_size = read_ranks()
-    if world_size != tensor * pipeline:
+    needed = tensor * pipeline
+    if needed < 1 or world_size % needed or (world_size != needed and not shares):
         raise ConfigError(
-            f"The world size is {world_size}: --tensor x --pipeline = {tensor} x {pipeline} ranks are needed. "
-            f"Start with torchrun --nproc-per-node {tensor * pipeline}."
+            f"The world size is {world_size}: --tensor x --pipeline = {tensor} x {pipeline} ranks are needed"
+            f"{', or a multiple of that' if shares else ''}. Start with torchrun --nproc-per-node {max(1, needed)}."
         )
     if world_size == 1:
         return single_process_context(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -63,40 +127,107 @@ def _context(tensor: int, pipeline: int) -> ParallelContext:
 
 
 def _generate(arguments: argparse.Namespace, context: ParallelContext) -> None:
-    if arguments.max_new_tokens < 1:
-        raise ConfigError(f"--max-new-tokens is {arguments.max_new_tokens}: it must be at least 1.")
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    generator = Generator(
-        arguments.checkpoint,
-        context,
-        DTYPES[arguments.precision],
-        base=arguments.base,
-        quantize=arguments.quantize,
+    sampling = Sampling(
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+        arguments.min_p,
+        arguments.repetition_penalty,
+        arguments.frequency_penalty,
+        arguments.no_repeat_ngram_size,
+        arguments.beams,
+        arguments.length_penalty,
     )
-    ids = arguments.prompt_ids or _encode(arguments, generator)
-    stop_id = generator.stop_id
-    new = list(generator.stream(ids, arguments.max_new_tokens, sampling, arguments.seed, stop_id))
-    if not context.world.is_first:
-        return
-    if new and new[-1] == stop_id:
-        new.pop()  # the end of a document or a turn is no text
-    if generator.tokenizer is None:
-        print(" ".join(map(str, [*ids, *new])))
+    settings = Settings(DTYPES[arguments.precision], None, arguments.base, arguments.quantize)
+    loaded = load_model(arguments.checkpoint, context, settings)
+    engine = Engine(loaded.model, sampling, loaded.stopping(arguments.stop), arguments.batch_size)
+    if arguments.interactive:
+        converse(loaded, engine, arguments.max_new_tokens, arguments.seed, arguments.add_bos)
+    elif arguments.input is not None:
+        _answer_file(arguments, loaded, engine)
     else:
-        print(generator.tokenizer.decode([*ids, *new]))
+        _answer_one(arguments, loaded, engine)
 
 
-def _encode(arguments: argparse.Namespace, generator: Generator) -> list[int]:
-    if generator.tokenizer is None:
-        raise CheckpointError(f"{arguments.checkpoint} holds no tokenizer: give --prompt-ids instead of --prompt.")
+def _answer_one(arguments: argparse.Namespace, loaded: Loaded, engine: Engine) -> None:
+    ids = arguments.prompt_ids or encode_prompt(_utf8(arguments.prompt), loaded, arguments.add_bos)
+    request = Request(ids, arguments.max_new_tokens, arguments.seed)
+    loaded.check(request)
+    (answer,) = engine.answers([request])
+    if not loaded.model.context.world.is_first:
+        return
+    if loaded.tokenizer is None:
+        print(" ".join(map(str, [*ids, *answer.tokens])))
+    elif answer.end == "stop_string":
+        print(loaded.tokenizer.decode(ids) + answer.text)
+    else:
+        print(loaded.tokenizer.decode([*ids, *answer.tokens]))
+
+
+def _utf8(prompt: str) -> str:
     try:
-        prompt = os.fsencode(arguments.prompt).decode("utf-8")  # whatever the locale has made of it
+        return os.fsencode(prompt).decode("utf-8")  # whatever the locale has made of it
     except UnicodeDecodeError as error:
         raise ConfigError(f"--prompt is not UTF-8 text (byte {error.start}): write it in UTF-8.") from error
-    ids = generator.tokenizer.encode(prompt)
-    if arguments.add_bos and generator.tokenizer.bos_id is not None:
-        ids = [generator.tokenizer.bos_id, *ids]
-    return ids
+
+
+def _answer_file(arguments: argparse.Namespace, loaded: Loaded, engine: Engine) -> None:
+    context = loaded.model.context
+    prompts = read_prompts(arguments.input, loaded, arguments.add_bos, arguments.max_new_tokens)
+    file = None
+    fault: Exception | None = None
+    if context.world.is_first:
+        try:
+            file = AnswerFile(arguments.output, prompts, _deciding(arguments, loaded), arguments.overwrite)
+        except (UserError, OSError) as error:
+            fault = error
+    done, fault = broadcast_object((file.done if file is not None else 0, fault), context.world)
+    if fault is not None:
+        raise fault
+    with _progress(len(prompts), done, file is not None) as advance:
+        for answer_number, answer in _answers(arguments, loaded, engine, prompts, done):
+            if file is not None:
+                file.add(answer_number, answered(prompts[answer_number], answer, loaded.tokenizer is not None))
+                advance()
+    if file is not None:
+        file.close()
+
+
+def _answers(
+    arguments: argparse.Namespace, loaded: Loaded, engine: Engine, prompts: Sequence[Prompt], done: int
+) -> Iterator[tuple[int, Answer]]:
+    """Answers to the prompts from ``done`` on, with their numbers. Replicas share out a round of prompts at a time."""
+    replicas = loaded.model.context.batch
+    size = len(prompts) if replicas.size == 1 else arguments.batch_size * replicas.size * _ROUND
+    for numbers in rounds(len(prompts), done, max(1, size)):
+        own = numbers[replicas.rank :: replicas.size]
+        requests = [requests_of([prompts[n]], n, arguments.max_new_tokens, arguments.seed)[0] for n in own]
+        found = ((own[answer.request], answer) for answer in engine.answers(requests))
+        if replicas.size == 1:
+            yield from found
+        else:
+            for part in gather_objects(list(found), replicas):
+                yield from part
+
+
+def _deciding(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
+    """What the answers depend on."""
+    free = {"output", "overwrite", "batch_size", "tensor", "pipeline", "prompt", "prompt_ids", "interactive", "input"}
+    given = {name.replace("_", "-"): value for name, value in vars(arguments).items() if name not in free}
+    return given | {"checkpoint": str(loaded.source.resolve())}
+
+
+@contextmanager
+def _progress(total: int, done: int, shown: bool) -> Iterator[Any]:
+    """A bar on a terminal's standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("answers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not (shown and console.is_terminal)) as bar:
+        task = bar.add_task("answers", total=total, completed=done)
+        yield lambda: bar.advance(task)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,21 @@ def load_stage(
 def load_weights(folder: Path, module: nn.Module, context: ParallelContext, part: Part = "all") -> None:
     """Fills a stage's parameters, converted to their type."""
     _load(weight_views(module, context, part), folder)
-    loaded = ((layout, parameter) for layout, parameter in parameters_with_layout(module) if belongs(layout, part))
-    broken = [layout.name for layout, parameter in loaded if not parameter.isfinite().all()]
+    loaded = parameters_with_layout(module)
+    refuse_not_finite(
+        folder, ((layout.name, parameter) for layout, parameter in loaded if belongs(layout, part)), context
+    )
+
+
+def refuse_not_finite(folder: Path, parameters: Iterable[tuple[str, Tensor]], context: ParallelContext) -> None:
+    """Refuses weights with NaN or infinity, on every rank where one has such.
+
+    Args:
+        folder: that they were read from.
+        parameters: of this rank, by canonical name.
+        context: the grid.
+    """
+    broken = [name for name, parameter in parameters if not parameter.isfinite().all()]
     if any(gather_objects(bool(broken), context.world)):
         what = (
             f"{broken[0]} and {len(broken) - 1} more" if len(broken) > 1 else "".join(broken) or "another rank's part"

@@ -39,6 +39,17 @@ def load_quantized(folder: Path, modules: nn.Module, context: ParallelContext) -
         weight.fill(shard.to(context.device))
         if not weight.is_finite():
             broken.append(weight.layout.name)
+    refuse_not_quantisable(folder, broken, context)
+
+
+def refuse_not_quantisable(folder: Path, broken: list[str], context: ParallelContext) -> None:
+    """Refuses, on every rank, a base with weights that cannot be quantised.
+
+    Args:
+        folder: that they were read from.
+        broken: names of such weights on this rank.
+        context: the grid.
+    """
     found = [name for names in gather_objects(broken, context.world) for name in names]
     if found:
         raise CheckpointError(

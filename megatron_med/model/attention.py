@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megatron_med.config import ModelConfig
 from megatron_med.kernels import functional as kernels
 from megatron_med.model.batch import MicroBatch
-from megatron_med.model.cache import KeyValueCache
+from megatron_med.model.cache import AttentionCache
 from megatron_med.model.recompute import KEEP_ALL, Recompute, recomputed
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.parameters import RowBlocks
@@ -77,14 +77,14 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         batch: MicroBatch,
-        cache: KeyValueCache | None = None,
+        cache: AttentionCache | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """
         Args:
             x: ``[seq(/tp), batch, hidden]``.
             batch: the micro-batch.
-            cache: keys and values of earlier tokens; the new ones are added.
+            cache: attends in the place of this module, over earlier tokens, too.
             rotary: cos and sin, ``[seq, batch, 1, head_dim]``.
         """
         mixed = self.qkv(x, batch.dropout_key)  # [seq, batch, groups/tp * (queries + 2) * head_dim]
@@ -95,8 +95,7 @@ class Attention(nn.Module):
         if rotary is not None:
             query, key = kernels.apply_rotary_emb(query, *rotary), kernels.apply_rotary_emb(key, *rotary)
         if cache is not None:
-            key, value = cache.extend(self.layer, key, value)
-            assert seq in (1, key.shape[0]), "after the prompt, tokens come one at a time"
+            return self.output(cache.attend(self.layer, query, key, value))
         return self.output(self._core(query, key, value, batch), batch.dropout_key)
 
     def _core(self, query: Tensor, key: Tensor, value: Tensor, batch: MicroBatch) -> Tensor:
@@ -104,7 +103,7 @@ class Attention(nn.Module):
         probability = self.dropout.probability if self.training else 0.0
         core = partial(
             kernels.attention,
-            causal=query.shape[0] > 1,
+            causal=True,
             documents=batch.documents,
             dropout=probability,
             seed=self.dropout.seed(batch.dropout_key) if probability else None,

@@ -31,15 +31,19 @@ class MicroBatch:
     documents: PackedDocuments | None = None
 
 
-def plain_batch(tokens: Tensor, labels: Tensor | None = None, first: int = 0, dropout_key: str = "") -> MicroBatch:
+def plain_batch(tokens: Tensor, labels: Tensor | None = None, dropout_key: str = "") -> MicroBatch:
     """Rows of one document each, every label counting.
 
     Args:
         tokens: ``[batch, seq]``.
         labels: of the same shape; None where nobody asks for the loss.
-        first: position of the first tokens.
         dropout_key: names the dropout masks.
     """
-    positions = torch.arange(first, first + tokens.shape[1], device=tokens.device).expand_as(tokens)
+    positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    return batch_to_read(tokens, positions, labels, dropout_key)
+
+
+def batch_to_read(tokens: Tensor, positions: Tensor, labels: Tensor | None = None, dropout_key: str = "") -> MicroBatch:
+    """Tokens at given positions, every label counting; both ``[batch, seq]``."""
     mask = torch.ones_like(tokens, dtype=torch.float32)
     return MicroBatch(tokens, tokens if labels is None else labels, mask, positions, dropout_key)

@@ -1,22 +1,24 @@
-"""Keys and values of earlier tokens, for generation."""
+"""What attention sees besides the new tokens, where a model is read from and not trained."""
 
 from __future__ import annotations
 
-import torch
+from abc import ABC, abstractmethod
+
 from torch import Tensor
 
 
-class KeyValueCache:
-    """Grows by the new tokens of each forward pass; one per stage."""
+class AttentionCache(ABC):
+    """Takes the place of the attention over a batch: it knows which earlier tokens each new one sees."""
 
-    def __init__(self) -> None:
-        self._keys: dict[int, Tensor] = {}
-        self._values: dict[int, Tensor] = {}
+    @abstractmethod
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of the new tokens, one after the other in one row, over what they see.
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends ``[seq, batch, groups, head_dim]`` to a layer and returns all of it."""
-        if layer in self._keys:
-            key = torch.cat((self._keys[layer], key))
-            value = torch.cat((self._values[layer], value))
-        self._keys[layer], self._values[layer] = key, value
-        return key, value
+        Args:
+            layer: global index.
+            query: ``[new, 1, heads/tp, head_dim]``.
+            key, value: ``[new, 1, groups/tp, head_dim]``.
+
+        Returns:
+            ``[new, 1, heads/tp * head_dim]``.
+        """

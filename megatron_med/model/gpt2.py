@@ -10,7 +10,7 @@ from megatron_med.config import ModelConfig
 from megatron_med.config.layers import Chunk
 from megatron_med.model.attention import Attention
 from megatron_med.model.batch import MicroBatch
-from megatron_med.model.cache import KeyValueCache
+from megatron_med.model.cache import AttentionCache
 from megatron_med.model.mlp import MLP
 from megatron_med.model.norm import LayerNorm
 from megatron_med.model.quantize import FinishLayer, keep_dense
@@ -62,7 +62,7 @@ class GPT2Layer(nn.Module):
         self.attention_dropout = DropoutRegion(config.hidden_dropout, f"layers.{layer}.attention", shard)
         self.mlp_dropout = DropoutRegion(config.hidden_dropout, f"layers.{layer}.mlp", shard)
 
-    def forward(self, x: Tensor, batch: MicroBatch, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, batch: MicroBatch, cache: AttentionCache | None) -> Tensor:
         key = batch.dropout_key
         attended = self.attention(self.attention_norm(x), batch, cache)
         x = x + self.attention_dropout(attended, key, self.training)

@@ -11,7 +11,7 @@ from megatron_med.config import ModelConfig
 from megatron_med.config.layers import Chunk
 from megatron_med.model.attention import Attention
 from megatron_med.model.batch import MicroBatch
-from megatron_med.model.cache import KeyValueCache
+from megatron_med.model.cache import AttentionCache
 from megatron_med.model.mlp import GatedMLP
 from megatron_med.model.norm import RMSNorm
 from megatron_med.model.quantize import FinishLayer, keep_dense
@@ -34,7 +34,7 @@ class LlamaLayer(nn.Module):
         self.mlp = GatedMLP(config, context, dtype)
 
     def forward(
-        self, x: Tensor, batch: MicroBatch, cache: KeyValueCache | None, rotary: tuple[Tensor, Tensor]
+        self, x: Tensor, batch: MicroBatch, cache: AttentionCache | None, rotary: tuple[Tensor, Tensor]
     ) -> Tensor:
         x = x + self.attention(self.attention_norm(x), batch, cache, rotary)
         return x + self.mlp(self.mlp_norm(x), batch.dropout_key)

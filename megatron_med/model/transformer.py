@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from torch import Tensor, nn
 from megatron_med.config import ModelConfig
 from megatron_med.config.layers import Chunk
 from megatron_med.model.batch import MicroBatch
-from megatron_med.model.cache import KeyValueCache
+from megatron_med.model.cache import AttentionCache
 from megatron_med.model.quantize import FinishLayer, keep_dense
 from megatron_med.model.recompute import KEEP_ALL, Recompute, recomputed
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.parameters import name_parameters
 from megatron_med.parallel.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from megatron_med.parallel.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+
+ReadOut = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+"""Takes ``Transformer.logits`` and the last hidden states."""
 
 
 class Embedding(nn.Module):
@@ -112,15 +116,22 @@ class Transformer(nn.Module, ABC):
         """What every layer gets besides hidden states, micro-batch and cache."""
         return ()
 
-    def forward(self, hidden: Tensor | None, batch: MicroBatch, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor | None,
+        batch: MicroBatch,
+        cache: AttentionCache | None = None,
+        read_out: ReadOut | None = None,
+    ) -> Tensor:
         """
         Args:
             hidden: the previous chunk's hidden states, ``[seq(/tp), batch, hidden]``; None on the first one.
             batch: the micro-batch; every stage reads positions itself.
-            cache: earlier keys and values, when generating.
+            cache: attends over earlier tokens, where the model is read from.
+            read_out: what the last chunk gives in place of the logits of every token.
 
         Returns:
-            Hidden states; on the last chunk logits, ``[seq, batch, padded_vocab/tp]``.
+            Hidden states; on the last chunk logits, ``[seq, batch, padded_vocab/tp]``, or what ``read_out`` makes.
         """
         if self.chunk.is_first:
             hidden = self.embed(batch)
@@ -133,6 +144,10 @@ class Transformer(nn.Module, ABC):
                 hidden = layer(hidden, batch, cache, *inputs)
         if not self.chunk.is_last:
             return hidden
+        return self.logits(hidden) if read_out is None else read_out(self.logits, hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last hidden states ``[seq(/tp), batch, hidden]`` -> ``[seq, batch, padded_vocab/tp]``."""
         return self.head(self.final_norm(hidden))
 
     def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:

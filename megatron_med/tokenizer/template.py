@@ -148,7 +148,22 @@ def _need_tokens(name: str, tokens: Sequence[str], tokenizer: Tokenizer) -> None
         )
 
 
+def brings_template(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer comes with a chat template of its own."""
+    return _find_own(tokenizer) is not None
+
+
 def _own_template(tokenizer: Tokenizer) -> str:
+    own = _find_own(tokenizer)
+    if own is None:
+        raise DataError(
+            f"{tokenizer.files[0].parent} has no chat_template (in chat_template.jinja or tokenizer_config.json): name "
+            f"a template of ours ({', '.join(template_names())}) or a .jinja file."
+        )
+    return own
+
+
+def _find_own(tokenizer: Tokenizer) -> str | None:
     folder = tokenizer.files[0].parent
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -157,12 +172,7 @@ def _own_template(tokenizer: Tokenizer) -> str:
     own = json.loads(config.read_text(encoding="utf-8")).get("chat_template") if config.is_file() else None
     if isinstance(own, list):  # several by name
         own = next((entry.get("template") for entry in own if entry.get("name") == "default"), None)
-    if not isinstance(own, str):
-        raise DataError(
-            f"{folder} has no chat_template (in chat_template.jinja or tokenizer_config.json): name a template of ours "
-            f"({', '.join(template_names())}) or a .jinja file."
-        )
-    return own
+    return own if isinstance(own, str) else None
 
 
 def _free_characters(messages: Sequence[Message]) -> Any:

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from megatron_med.checkpoint.huggingface.convert import export_huggingface, import_huggingface
 from megatron_med.config import ParallelConfig
-from megatron_med.generate.generator import Generator
-from megatron_med.generate.sampling import Sampling
+from megatron_med.inference.engine import Engine
+from megatron_med.inference.load import Settings, load_model
+from megatron_med.inference.request import Request
 from megatron_med.parallel.context import create_context, single_process_context
 from tests.ranks import run_ranks
 
@@ -90,10 +91,10 @@ def _generate_on_rank(checkpoint: Path, tensor: int, pipeline: int, layers: list
     else:
         config = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence_parallel=False)
         context = create_context(config, torch.device("cpu"))
-    generator = Generator(checkpoint, context, torch.float32, layers)
-    greedy = list(generator.stream(tokens[:1], len(tokens) - 1, Sampling()))
-    logits = generator.logits(torch.tensor([tokens[:8]]))
-    return greedy, None if logits is None else logits[:, 0].numpy()
+    model = load_model(checkpoint, context, Settings(layers_per_stage=layers)).model
+    (answer,) = Engine(model).answers([Request(tokens[:1], len(tokens) - 1)])
+    logits = model.all_logits(tokens[:8])
+    return answer.tokens, None if logits is None else logits.numpy()
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ LEVELS = {
     "corpus": 8,
     "optim": 9,
     "checkpoint": 10,
-    "generate": 11,
+    "inference": 11,
     "train": 12,
     "evaluate": 13,
     "plan": 13,
@@ -98,7 +98,7 @@ def test_the_fake_world_stays_out_of_real_runs() -> None:
     code = (
         "import sys\n"
         "import megatron_med.train.loop, megatron_med.train.setup, megatron_med.launch.process_group\n"
-        "import megatron_med.generate.generator, megatron_med.checkpoint.huggingface.convert\n"
+        "import megatron_med.inference.load, megatron_med.checkpoint.huggingface.convert\n"
         "assert 'megatron_med.launch.fake' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True, check=False)
@@ -141,7 +141,7 @@ WITHOUT_TORCH = [
     "megatron_med.checkpoint",
     "megatron_med.checkpoint.folder",
     "megatron_med.train",
-    "megatron_med.generate",
+    "megatron_med.inference",
 ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from functools import reduce
 from pathlib import Path
 from typing import TypeVar
 
@@ -82,7 +81,7 @@ def _write_weights(source: Path, partial: Path, config: ModelConfig, rows: int) 
     files = open_tensors(source)
     maps = list(tensor_maps(config))
     check_tensors(files, maps, config, rows)
-    dtypes = {m.layout.name: reduce(torch.promote_types, map(files.dtype, m.hf_names)) for m in maps}
+    dtypes = {m.layout.name: files.joint_dtype(m.hf_names) for m in maps}
     specs = {m.layout.name: (m.layout.global_shape, dtypes[m.layout.name]) for m in maps}
     make = {m.layout.name: (lambda m=m: m.to_canonical(files.read, dtypes[m.layout.name])) for m in maps}
     write_streaming(partial, specs, make)

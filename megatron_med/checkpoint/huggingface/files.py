@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,10 @@ class TensorFiles:
                 "model in bf16, fp16 or fp32."
             )
         return _FLOATS[kind]
+
+    def joint_dtype(self, names: Iterable[str]) -> torch.dtype:
+        """Type that holds all of these tensors without loss."""
+        return reduce(torch.promote_types, map(self.dtype, names))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it."""

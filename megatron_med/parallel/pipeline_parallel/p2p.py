@@ -44,11 +44,10 @@ class PipelineLink:
         context = self._context
         return self._receive(shape, context.pp_wrap_backward if context.pp.is_last else context.pp_backward, +1)
 
-    def drain(self) -> None:
-        """Waits until every send has left."""
-        for pending in self._sent:
-            pending.wait()
-        self._sent.clear()
+    def drain(self, keep: int = 0) -> None:
+        """Waits until every send has left, but for the last ``keep`` ones."""
+        while len(self._sent) > keep:
+            self._sent.pop(0).wait()
 
     def _send(self, tensor: Tensor, axis: Axis, step: int) -> None:
         tensor = tensor.detach().contiguous()

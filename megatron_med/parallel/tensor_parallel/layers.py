@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_med.kernels.linear import DenseLinear, LocalLinear
+from megatron_med.kernels.packed import PackedLinear, can_pack, pack
 from megatron_med.parallel.collectives import reduce_from_tensor_parallel
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.parameters import ParameterLayout, RowBlocks, layout_of, make_parameter
@@ -31,6 +32,7 @@ class ParallelLinear(nn.Module):
     Attributes:
         local: the products, for the format of the weight.
         quantized: the weight in few bits; then there is no parameter of that name.
+        packed: the weight in a layout that is only read; then there is no parameter, either.
         lora: adapters beside the weight, where there are some.
         new_rows: trained rows of the head, where there are some.
         weight_grads: takes deferred weight gradients; see ``share_weight_grad_store``.
@@ -45,6 +47,7 @@ class ParallelLinear(nn.Module):
         self.local: LocalLinear = DenseLinear()
         self.quantized: QuantizedWeight | None
         self.register_module("quantized", None)
+        self.packed: Tensor | None = None
         self.lora: LoRA | None
         self.register_module("lora", None)
         self.new_rows: HeadRows | None
@@ -60,6 +63,8 @@ class ParallelLinear(nn.Module):
     def _operand(self) -> Tensor:
         if self.quantized is not None:
             return self.quantized.codes
+        if self.packed is not None:
+            return self.packed
         assert self.weight is not None, "a weight is quantised or a parameter"
         return self.weight
 
@@ -79,11 +84,26 @@ class ParallelLinear(nn.Module):
         self.quantized = weight
         self.local = weight.local_linear()
 
+    def pack(self) -> None:
+        """Puts the weight into the layout that is fastest to read, where this machine has one. Nothing can be trained,
+        loaded or saved afterwards."""
+        if self.weight is not None and can_pack(self.weight):
+            self.packed = pack(self.weight)
+            self.weight = None
+            self.local = PackedLinear()
+
     def adapted(self, x: Tensor, out: Tensor, dropout_key: str) -> Tensor:
         """``out`` with what is trained beside the weight, for the input ``x``."""
         if self.new_rows is not None:
             out = self.new_rows(x, out)
         return out if self.lora is None else self.lora(x, out, dropout_key)
+
+
+def pack_weights(module: nn.Module) -> None:
+    """Packs the weights of all parallel linears, one after the other; a tied embedding keeps its own."""
+    for part in module.modules():
+        if isinstance(part, ParallelLinear):
+            part.pack()
 
 
 def share_weight_grad_store(modules: Iterable[nn.Module], store: WeightGradStore) -> None:

@@ -1,1 +1,0 @@
-"""Text generation under tensor and pipeline parallelism."""
