@@ -12,7 +12,9 @@ import torch.distributed.checkpoint
 import torch.distributed.tensor
 
 import megatron_med.checkpoint.huggingface.convert
-import megatron_med.generate.generator
+import megatron_med.inference.engine
+import megatron_med.inference.load
+import megatron_med.inference.scoring
 import megatron_med.plan.search
 import megatron_med.train.loop
 import megatron_med.train.setup  # noqa: F401

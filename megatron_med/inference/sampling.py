@@ -160,21 +160,33 @@ def _completions(tokens: Sequence[int], size: int) -> list[int]:
     return [tokens[start + size - 1] for start in starts if tokens[start : start + size - 1] == begin]
 
 
+def probabilities(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """What a token is drawn from at a temperature above 0.
+
+    Returns:
+        fp64 probabilities ``[rows, candidates]``, 0 where a filter leaves a token out, not normalised after that; and
+        the candidates' ids, None: all ids in their order.
+    """
+    values, ids = _candidates(logits, sampling)
+    values = values.double()
+    best = values.amax(dim=-1, keepdim=True)
+    shares = ((values - best) / sampling.temperature).softmax(dim=-1)  # the best one stays 0
+    if sampling.top_p < 1:
+        before = shares.cumsum(dim=-1) - shares
+        shares = shares.masked_fill(before >= sampling.top_p, 0)
+    if sampling.min_p > 0:
+        lowest = sampling.min_p * shares.amax(dim=-1, keepdim=True)
+        shares = shares.masked_fill(shares < lowest, 0)
+    return shares, ids
+
+
 def _drawn(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
     """The token at which the cumulative probability passes a number from [0, 1)."""
-    values, ids = _candidates(logits, sampling)
-    best = values.amax(dim=-1, keepdim=True)
-    probabilities = ((values - best).double() / sampling.temperature).softmax(dim=-1)  # the best one stays 0
-    if sampling.top_p < 1:
-        before = probabilities.cumsum(dim=-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0)
-    if sampling.min_p > 0:
-        lowest = sampling.min_p * probabilities.amax(dim=-1, keepdim=True)
-        probabilities = probabilities.masked_fill(probabilities < lowest, 0)
-    cumulative = probabilities.cumsum(dim=-1)
+    shares, ids = probabilities(logits, sampling)
+    cumulative = shares.cumsum(dim=-1)
     total = cumulative[:, -1:]
     wanted = torch.minimum(uniform.unsqueeze(-1) * total, total.nextafter(torch.zeros_like(total)))  # rounded up or not
-    place = torch.searchsorted(cumulative, wanted, right=True)
+    place = torch.searchsorted(cumulative, wanted, right=True).clamp(max=cumulative.shape[-1] - 1)  # of broken logits
     return (place if ids is None else ids.gather(-1, place)).squeeze(-1)
 
 
