@@ -40,6 +40,7 @@ def counts(config: Config) -> Iterator[str]:
         "recompute_interval": config.recompute_interval,
         "optimizer.loss_scale_window": config.optimizer.loss_scale_window,
         "logging.interval": config.logging.interval,
+        "logging.sample_tokens": config.logging.sample_tokens,
     }
     for name, value in values.items():
         if value < 1:
@@ -102,6 +103,7 @@ def _from_0(config: Config) -> Iterator[str]:
         "train.valid_interval": config.train.valid_interval,
         "checkpoint.interval": config.checkpoint.interval,
         "checkpoint.keep": config.checkpoint.keep,
+        "logging.sample_temperature": config.logging.sample_temperature,
     }
     for name, value in values.items():
         if not 0 <= value <= _LARGEST_NUMBER:

@@ -340,6 +340,12 @@ class LoggingConfig:
     """Write RUN/tensorboard."""
     wandb: bool = False
     """Report to Weights & Biases (extra: wandb)."""
+    sample_prompts: list[str] = field(default_factory=list)
+    """Prompts that the model goes on from at every validation: on the console, in RUN/samples.jsonl and TensorBoard."""
+    sample_tokens: int = 64
+    """Tokens of such a text."""
+    sample_temperature: float = 0.0
+    """Temperature of such a text; 0 takes the most likely token."""
 
 
 @dataclass

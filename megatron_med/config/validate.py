@@ -263,6 +263,11 @@ def _run(config: Config) -> Iterator[str]:
             f"recompute_interval is {config.recompute_interval} and recompute {config.recompute}: only full counts "
             "layers. Set recompute to full, or the interval to 1."
         )
+    if config.logging.sample_prompts and not train.valid_interval:
+        yield (
+            "logging.sample_prompts are given and train.valid_interval is 0: they are answered at every validation. "
+            "Set the interval, or leave them out."
+        )
     if train.valid_interval and not config.data.valid:
         yield (
             f"train.valid_interval is {train.valid_interval} but data.valid is empty: name a validation corpus, "

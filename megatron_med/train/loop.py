@@ -48,7 +48,7 @@ def train(run: Run, stop: StopRequest) -> Outcome:
     reporters: list[Reporter] = []
     if run.context.world.is_first:
         folder.cut_metrics(progress.step)
-        reporters = make_reporters(config, folder.metrics, folder.tensorboard, progress.step)
+        reporters = make_reporters(config, folder, progress.step)
     saver = make_saver(run)
     with Prefetcher(lambda step: _read_step(run, start, step), config.train.steps) as prefetcher:
         outcome = _steps(run, stop, prefetcher, saver, reporters)
@@ -93,6 +93,10 @@ def _steps(
             is_best = _note_best(run, metrics["valid_loss"])
         for reporter in reporters:
             reporter.report(metrics)
+        if run.samples is not None and "valid_loss" in metrics:
+            samples = run.samples.answer(run.train_module.chunks, run.context)
+            for reporter in reporters:
+                reporter.show(progress.step, samples)
 
         usable += not result.skipped and math.isfinite(result.loss)
         skipped_in_a_row = skipped_in_a_row + 1 if result.bad else 0

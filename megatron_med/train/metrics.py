@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +15,8 @@ import torch
 from megatron_med.config.schema import Config
 from megatron_med.errors import ConfigError
 from megatron_med.model.flops import PEAK_FLOPS
+from megatron_med.train.run_folder import RunFolder
+from megatron_med.train.samples import Sample
 
 Metrics = dict[str, Any]
 
@@ -35,23 +40,31 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Reporter(Protocol):
-    """Takes the metrics of one step."""
+    """Takes the metrics of one step, and the texts that the model has written at it."""
 
     def report(self, metrics: Metrics) -> None: ...
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None: ...
 
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """One object a step, flushed at once."""
+    """One object a step in one file and one object a text in another, flushed at once."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, samples: Path) -> None:
         self._file = path.open("a", encoding="utf-8")
+        self._samples = samples
 
     def report(self, metrics: Metrics) -> None:
         finite = {name: None if _not_finite(value) else value for name, value in metrics.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        with self._samples.open("a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps({"step": step, **asdict(sample)}, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         self._file.close()
@@ -85,6 +98,10 @@ class Console:
             parts.append("SKIPPED: gradients not finite")
         print(" | ".join(parts), flush=True)
 
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        for sample in samples:
+            print(f"  {sample.prompt!r} -> {sample.text!r}", flush=True)
+
     def close(self) -> None:
         """Nothing to close."""
 
@@ -101,6 +118,11 @@ class TensorBoard:
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name not in ("step", "time"):
                 self._writer.add_scalar(name, value, metrics["step"])
+
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        for number, sample in enumerate(samples):
+            text = f"**{html.escape(sample.prompt)}**\n\n{html.escape(sample.text)}"
+            self._writer.add_text(f"samples/{number}", text, step)
 
     def close(self) -> None:
         self._writer.close()
@@ -119,15 +141,19 @@ class WeightsAndBiases:
     def report(self, metrics: Metrics) -> None:
         self._run.log(metrics, step=metrics["step"])
 
+    def show(self, step: int, samples: Sequence[Sample]) -> None:
+        self._run.log({f"samples/{number}": sample.text for number, sample in enumerate(samples)}, step=step)
+
     def close(self) -> None:
         self._run.finish()
 
 
-def make_reporters(config: Config, metrics_path: Path, tensorboard: Path, resumed_step: int) -> list[Reporter]:
+def make_reporters(config: Config, folder: RunFolder, resumed_step: int) -> list[Reporter]:
     """The reporters a configuration asks for."""
-    reporters: list[Reporter] = [JsonLines(metrics_path), Console(config.logging.interval, config.train.steps)]
+    console = Console(config.logging.interval, config.train.steps)
+    reporters: list[Reporter] = [JsonLines(folder.metrics, folder.samples), console]
     if config.logging.tensorboard:
-        reporters.append(TensorBoard(tensorboard, resumed_step))
+        reporters.append(TensorBoard(folder.tensorboard, resumed_step))
     if config.logging.wandb:
         reporters.append(WeightsAndBiases(config))
     return reporters

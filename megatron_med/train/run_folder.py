@@ -25,6 +25,7 @@ from megatron_med.errors import CheckpointError, ConfigError
 from megatron_med.files import RUN_IDENTITY, remove_leftovers, write_json, write_text
 
 METRICS = "metrics.jsonl"
+SAMPLES = "samples.jsonl"
 EXIT = "exit.json"
 COMMITTED = "committed.json"
 CONFIG = "config.yaml"
@@ -45,6 +46,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoints = self.path / CHECKPOINTS
         self.metrics = self.path / METRICS
+        self.samples = self.path / SAMPLES
         self.tensorboard = self.path / "tensorboard"
         self._lock: FileLock | None = None
 
@@ -125,7 +127,7 @@ class RunFolder:
         remove_partials(self.checkpoints)
         for aside in set_newer_aside(self.checkpoints, step):
             print(f"warning: going on from step {step}, a later checkpoint was set aside as {aside}.", file=sys.stderr)
-        for name in (RUN_IDENTITY, CONFIG, CONFIG_BEFORE, EXIT, COMMITTED, METRICS):
+        for name in (RUN_IDENTITY, CONFIG, CONFIG_BEFORE, EXIT, COMMITTED, METRICS, SAMPLES):
             remove_leftovers(self.path, name)
         remove_leftovers(self.checkpoints)
         if step > 0 and not (self.path / COMMITTED).is_file():  # of a version that did not record it
@@ -189,17 +191,10 @@ class RunFolder:
         return previous
 
     def cut_metrics(self, step: int) -> None:
-        """Removes the lines of steps after ``step``: they will be run again."""
-        if not self.metrics.is_file():
-            return
-        kept = []
-        for line in self.metrics.read_bytes().split(b"\n"):
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line.decode())
-            except (ValueError, KeyError, TypeError):
-                continue  # a line that a crash cut in half
-        write_text(self.metrics, "".join(f"{line}\n" for line in kept))
+        """Removes the lines of steps after ``step``, of metrics and of samples: they will be run again."""
+        for path in (self.metrics, self.samples):
+            if path.is_file():
+                _cut_lines(path, step)
 
     def write_exit(self, code: int, reason: str, retry: bool | None = None) -> None:
         """Records how the run ended, for launch scripts: torchrun itself answers 1 for every failure.
@@ -228,6 +223,17 @@ def write_launch_record(code: int, reason: str, retry: bool | None = None) -> No
     if path:
         with suppress(OSError):
             Path(path).write_text(json.dumps(_exit_record(code, reason, retry)), encoding="utf-8")
+
+
+def _cut_lines(path: Path, step: int) -> None:
+    kept = []
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line.decode())
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a crash cut in half
+    write_text(path, "".join(f"{line}\n" for line in kept))
 
 
 def _exit_record(code: int, reason: str, retry: bool | None) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from megatron_med.tokenizer import Tokenizer
 from megatron_med.train.continuity import Settings, beyond_horizon, changes, decay_horizon, settings_of
 from megatron_med.train.loading import Progress, choose_source, load_state, on_first_rank, rows_to_train
 from megatron_med.train.run_folder import RunFolder
+from megatron_med.train.samples import SamplePrompts
 from megatron_med.train.step import TrainModule
 
 
@@ -56,6 +57,7 @@ class Run:
         frozen: names of all parameters that are not trained.
         horizon: step at which the decay of the learning rate ends.
         best: lowest validation loss so far and its step.
+        samples: prompts that are answered at every validation; None: none are.
     """
 
     config: Config
@@ -71,6 +73,7 @@ class Run:
     frozen: list[str]
     horizon: int
     best: dict[str, Any] | None
+    samples: SamplePrompts | None = None
 
     @property
     def context(self) -> ParallelContext:
@@ -127,6 +130,8 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
         tell_of_adapters(config, train_module)
     loaded = load_state(config, source, train_module, tokenizer, trained, frozen)
     progress, before = loaded.progress, loaded.settings
+    chat = corpora.chat() or loaded.chat
+    samples = SamplePrompts(config, tokenizer, chat) if config.logging.sample_prompts else None
     horizon = decay_horizon(config, before)
     config = with_warmup(config, horizon)
     on_first_rank(context, lambda: folder.begin(identity, dump_config(given), progress.step))
@@ -145,10 +150,11 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
         valid_data=_validation_data(config, context, cache),
         tokenizer=tokenizer,
         progress=progress,
-        chat=corpora.chat() or loaded.chat,
+        chat=chat,
         adapter=loaded.adapter,
         new_rows=None if "embedding.word.weight" in trained else loaded.new_rows,
         best=loaded.best,
+        samples=samples,
         frozen=sorted(frozen),
         horizon=horizon,
     )
