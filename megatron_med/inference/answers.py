@@ -67,9 +67,13 @@ def _ids_of(record: Any, loaded: Loaded, add_bos: bool) -> list[int]:
     if isinstance(ids, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in ids):
         return ids
     messages = record.get("messages")
-    if isinstance(messages, list) and all(isinstance(one, dict) and "role" in one for one in messages):
+    if isinstance(messages, list) and all(map(_is_message, messages)):
         return loaded.chat_encoder().encode_prompt(messages)
     raise BadLine("none of the fields prompt (text), prompt_ids (numbers), messages (role and content) is there")
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(name), str) for name in ("role", "content"))
 
 
 def encode_prompt(text: str, loaded: Loaded, add_bos: bool) -> list[int]:
