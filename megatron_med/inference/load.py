@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 
-from megatron_med.checkpoint.adapter import quantize_of
-from megatron_med.checkpoint.folder import TOKENIZER, CheckpointState, read_state, resolve_checkpoint
+from megatron_med.checkpoint.adapter import quantize_of, weights_digest
+from megatron_med.checkpoint.folder import MANIFEST, TOKENIZER, CheckpointState, read_state, resolve_checkpoint
 from megatron_med.checkpoint.huggingface.load import huggingface_model, is_huggingface, load_huggingface_stage
 from megatron_med.checkpoint.load import load_stage, verify_checkpoint
 from megatron_med.config import ModelConfig, ParallelConfig, model_from_dict
@@ -19,6 +20,7 @@ from megatron_med.config.quantize import nf4_faults, quantize_named
 from megatron_med.config.schema import QuantizeConfig
 from megatron_med.config.validate import cut_faults
 from megatron_med.errors import CheckpointError, ConfigError
+from megatron_med.files import sha256_of_all
 from megatron_med.inference.model import InferenceModel
 from megatron_med.inference.request import Request, Stopping
 from megatron_med.model.build import NOT_QUANTIZED
@@ -93,6 +95,13 @@ class Loaded:
                 f"{self.source} has no chat template: it was not trained on conversations. Give a plain prompt."
             )
         return ChatEncoder(self.tokenizer, self.chat)
+
+    def fingerprint(self) -> str:
+        """Names the weights: two models with other ones have other names."""
+        if (self.source / MANIFEST).is_file():
+            return weights_digest(self.source)
+        files = [self.source / "config.json", *sorted(self.source.glob("*.safetensors"))]
+        return hashlib.sha256("\n".join(sha256_of_all(files)).encode()).hexdigest()
 
     def check(self, request: Request, which: str = "The prompt") -> None:
         """Refuses a request that the model cannot answer.

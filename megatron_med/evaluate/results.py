@@ -1,0 +1,195 @@
+"""The folder of results: samples line by line, and the table made of them. A killed run goes on. No torch here."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from megatron_med.errors import DataError, TargetExistsError
+from megatron_med.files import naming, replacing, write_json
+
+RESULTS = "results.json"
+_RESAMPLES = 1000
+_LEVEL = 0.95
+
+Key = tuple[str, str, int]
+"""Question, way, and seed of the shots (0 where there are none)."""
+Sample = dict[str, Any]
+
+
+class ResultsFolder:
+    """``results.json`` and ``samples_TASK.jsonl``.
+
+    Args:
+        path: of the folder.
+        identity: what samples depend on; a folder with another is refused.
+        overwrite: begin anew.
+
+    Raises:
+        TargetExistsError: the folder holds other things, results of another model or of other settings, or another run
+            writes it.
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
+        self.path = path
+        self._tasks: dict[str, Any] = {}
+        self._gold: dict[str, Any] = {}
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(path / ".lock", timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout as error:
+            raise TargetExistsError(f"{path} is being written by another process: wait for it to end.") from error
+        if overwrite:
+            for file in [path / RESULTS, *path.glob("samples_*.jsonl")]:
+                file.unlink(missing_ok=True)
+        self._settings = self._joined(json.loads(json.dumps(identity)))
+        self._write()
+
+    def _joined(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """The settings, with the files of tasks that were scored before."""
+        if not [file for file in self.path.iterdir() if file.name != ".lock"]:
+            return wanted
+        try:
+            content = json.loads((self.path / RESULTS).read_text(encoding="utf-8"))
+            stored, self._tasks, self._gold = content["settings"], content["tasks"], content.get("gold", {})
+            files = stored["files"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise TargetExistsError(f"{self.path} is not empty and holds no results: name another --output.") from None
+        wanted = wanted | {"files": files | wanted["files"]}
+        stored = stored | {"files": wanted["files"] | files}
+        different = [name for name in wanted if stored.get(name) != wanted[name]]
+        if different:
+            name = different[0]
+            raise TargetExistsError(
+                f"{self.path} holds results with {name} {_short(stored.get(name))}, not {_short(wanted[name])}: name "
+                "another --output, or pass --overwrite."
+            )
+        return wanted
+
+    def read(self, task: str) -> dict[Key, Sample]:
+        """Samples that stand already; a last line that a kill has cut is taken away."""
+        path = self._samples(task)
+        if not path.is_file():
+            return {}
+        whole = path.read_bytes()
+        end = whole.rfind(b"\n") + 1
+        if end < len(whole):
+            with replacing(path) as partial:
+                partial.write_bytes(whole[:end])
+        samples = {}
+        for number, line in enumerate(whole[:end].decode("utf-8").split("\n")[:-1], 1):
+            try:
+                sample = json.loads(line)
+                samples[key_of(sample)] = sample
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}:{number} is no sample ({error}). Pass --overwrite to begin anew.") from error
+        return samples
+
+    def add(self, task: str, samples: Sequence[Sample]) -> None:
+        """Writes samples at the end of a task's file."""
+        path = self._samples(task)
+        with naming(path), path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+
+    def write(self, task: str, table: Mapping[str, Any], gold: Mapping[str, int]) -> None:
+        """Writes the table of a task beside what stands: other tasks, and other metrics of this one.
+
+        Args:
+            task: its name.
+            table: metric -> value, interval, count, unparsed.
+            gold: letter -> how often it is the right answer.
+        """
+        self._tasks[task] = self._tasks.get(task, {}) | dict(table)
+        if gold:
+            self._gold[task] = dict(gold)
+        self._write()
+
+    def _write(self) -> None:
+        content = {"settings": self._settings, "tasks": self._tasks, "gold": self._gold}
+        write_json(self.path / RESULTS, content, ensure_ascii=False)
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self._lock.release()
+
+    def _samples(self, task: str) -> Path:
+        return self.path / f"samples_{task}.jsonl"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+def key_of(sample: Sample) -> Key:
+    """What a sample is the answer to."""
+    return sample["id"], sample["score"], sample.get("seed", 0)
+
+
+def accuracies(samples: Iterable[Sample], wanted: set[Key]) -> dict[str, dict[str, Any]]:
+    """Accuracy of every metric with count, unparsed answers and a bootstrap interval; over seeds their mean and spread.
+
+    Args:
+        samples: of one task.
+        wanted: keys that belong to this run.
+    """
+    hits: dict[str, dict[int, list[bool]]] = {}
+    unparsed: Counter[str] = Counter()
+    others: dict[str, Counter[str]] = {}
+    for sample in samples:
+        if key_of(sample) not in wanted:
+            continue
+        for metric, letter in sample["predictions"].items():
+            hits.setdefault(metric, {}).setdefault(sample.get("seed", 0), []).append(letter == sample["gold"])
+            unparsed[metric] += letter is None
+            counted = others.setdefault(metric, Counter())
+            counted["too_long"] += bool(sample.get("too_long"))
+            counted["ties"] += bool(sample.get("tie"))
+    table = {}
+    for metric, by_seed in hits.items():
+        values = [float(np.mean(found)) for found in by_seed.values()]
+        answers = np.mean(list(by_seed.values()), axis=0)  # of each question, over the seeds
+        table[metric] = {
+            "value": statistics.fmean(values),
+            "interval": interval(answers),
+            "count": len(answers),
+            "unparsed": unparsed[metric],
+        }
+        table[metric] |= {name: count for name, count in others[metric].items() if count}
+        if len(by_seed) > 1:
+            of_seeds = dict(zip(map(str, by_seed), values, strict=True))
+            table[metric] |= {"spread": statistics.stdev(values), "seeds": of_seeds}
+    return table
+
+
+def interval(values: Any) -> list[float]:
+    """95 % bootstrap interval of the mean of some values (percentiles of 1,000 resamples with a fixed seed)."""
+    values = np.asarray(values, dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
+    return _percentiles(values[drawn].mean(axis=1))
+
+
+def perplexity(samples: Iterable[Sample], wanted: set[Key]) -> dict[str, dict[str, Any]]:
+    """exp(-sum of log-likelihoods / number of white-space words), and its interval over resampled documents."""
+    mine = [sample for sample in samples if key_of(sample) in wanted]
+    totals = np.array([sample["loglikelihood"] for sample in mine])
+    words = np.array([sample["words"] for sample in mine], dtype=np.float64)
+    drawn = np.random.default_rng(0).integers(len(mine), size=(_RESAMPLES, len(mine)))
+    resampled = np.exp(-totals[drawn].sum(axis=1) / words[drawn].sum(axis=1))
+    value = math.exp(-totals.sum() / words.sum())
+    described = {"interval": _percentiles(resampled), "count": len(mine), "unparsed": 0, "words": int(words.sum())}
+    return {"word_perplexity": {"value": value, **described}}
+
+
+def _percentiles(values: Any) -> list[float]:
+    tail = 100 * (1 - _LEVEL) / 2
+    return [float(value) for value in np.percentile(values, [tail, 100 - tail])]
