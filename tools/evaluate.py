@@ -52,6 +52,8 @@ class Paper:
 
 
 def main() -> None:
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [path for path in sys.path if path != here]  # lm-eval imports a library of this file's name
     arguments = _parser().parse_args()
     if arguments.list:
         for name in task_names():

@@ -181,6 +181,8 @@ def rows_of(metadata: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
         return {TEST: [{"id": name, "text": text} for name, text in texts_of(test)]}
     rows = {TEST: [question.fields() for question in read_questions(task, TEST, test)]}
     split = task.shots_from
-    if split is not None and _matches(task.files.get(TRAIN, ()), data):
-        rows[split] = [question.fields() for question in read_questions(task, split, find_file(task, TRAIN, data))]
+    if split is not None:
+        there = bool(_matches(task.files.get(TRAIN, ()), data))  # else no examples can be drawn; lm-eval wants a split
+        training = read_questions(task, split, find_file(task, TRAIN, data)) if there else []
+        rows[split] = [question.fields() for question in training]
     return rows

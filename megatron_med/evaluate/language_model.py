@@ -73,6 +73,7 @@ class MegatronMedLM(TemplateLM):
         batch_size: sequences that are written at the same time.
         max_length: tokens that the model reads at most; None: its positions.
         seed: of sampled texts.
+        context: the grid; None: made of ``tensor``, ``pipeline`` and the ranks that torchrun has started.
         others: what lm-eval passes to every model.
     """
 
@@ -87,10 +88,11 @@ class MegatronMedLM(TemplateLM):
         batch_size: int | str = 16,
         max_length: int | None = None,
         seed: int = 0,
+        context: ParallelContext | None = None,
         **others: Any,
     ) -> None:
         super().__init__()
-        self.context = _context(int(tensor), int(pipeline))
+        self.context = context or _context(int(tensor), int(pipeline))
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision is {precision!r}: it must be fp32 or bf16.")
         self.loaded = load_model(checkpoint, self.context, Settings(DTYPES[precision], None, base, quantize))
