@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from megatron_med.errors import ConfigError, UserError, run_command
 from megatron_med.evaluate.catalogue import TEST, TRAIN, Task, find_file, load_task, read_questions, task_names
-from megatron_med.evaluate.fewshot import check_apart, draw
+from megatron_med.evaluate.fewshot import apart_from, draw
 from megatron_med.evaluate.questions import Question
 from megatron_med.evaluate.readers import texts_of
 from megatron_med.evaluate.results import Key, ResultsFolder, Sample, accuracies, key_of, perplexity
@@ -126,8 +126,7 @@ def _paper(given: str, arguments: argparse.Namespace) -> Paper:
     if task.shots_from is None:
         raise ConfigError(f"{name} has no training split to draw examples from: leave out --shots.")
     source = arguments.shots_from or find_file(task, TRAIN, arguments.data or path.parent)
-    training = read_questions(task, task.shots_from, source)
-    check_apart(training, questions, source, arguments.shots)
+    training = apart_from(read_questions(task, task.shots_from, source), questions, source, arguments.shots)
     return Paper(task, questions[: arguments.limit], [], training, [path, source])
 
 

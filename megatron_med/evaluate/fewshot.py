@@ -17,18 +17,19 @@ def draw(training: Sequence[Question], shots: int, seed: int) -> list[Question]:
     return [training[place] for place in order[:shots].tolist()]
 
 
-def check_apart(training: Sequence[Question], tested: Sequence[Question], source: Path, shots: int) -> None:
-    """Refuses examples that are asked, too.
+def apart_from(training: Sequence[Question], tested: Sequence[Question], source: Path, shots: int) -> list[Question]:
+    """Training questions that are not asked; MMLU's development split has some that are.
 
     Raises:
-        DataError: a question stands in both, or there are fewer than ``shots`` to draw from.
+        DataError: most of them are asked, since it is the test split, or fewer than ``shots`` are left.
     """
-    if len(training) < shots:
-        raise DataError(f"{source} holds {len(training)} questions to draw examples from, and --shots is {shots}.")
     asked = {(question.question, question.context) for question in tested}
-    both = [question for question in training if (question.question, question.context) in asked]
-    if both:
+    left = [question for question in training if (question.question, question.context) not in asked]
+    if 2 * len(left) < len(training):
         raise DataError(
-            f"{source}: {len(both)} of its questions are asked, too ({both[0].id} is one): examples come from the "
-            "training split. Give another file, or --shots 0."
+            f"{source}: {len(training) - len(left)} of its {len(training)} questions are asked, too: it is the test "
+            "split. Examples come from the training split: give another file, or --shots 0."
         )
+    if len(left) < shots:
+        raise DataError(f"{source} holds {len(left)} questions to draw examples from, and --shots is {shots}.")
+    return left

@@ -98,7 +98,7 @@ def pubmedqa(path: Path, split: str) -> list[Question]:
     official = path.with_name("test_ground_truth.json")
     if split == "test" and official.is_file() and official != path:
         wanted = set(json.loads(official.read_text(encoding="utf-8")))
-        records = [record for record in records if record.key in wanted]
+        records = [record for record in records if (record.key or str(record.fields.get("pubid"))) in wanted]
     return [_pubmedqa(record, number) for number, record in enumerate(records)]
 
 
@@ -147,7 +147,10 @@ def mmlu_medical(path: Path, split: str) -> list[Question]:
 def _mmlu_row(record: Record, file: Path, number: int) -> Question:
     options = {letter: record.text(letter) for letter in "ABCD"}
     subject = file.stem.rpartition("_")[0]
-    return _question(record, number, record.text("question"), options, record.text("answer"), subject=subject)
+    name = f"{file.stem}-{number}"
+    return checked(
+        Question(name, record.text("question"), options, record.text("answer"), subject=subject), record.place
+    )
 
 
 def usmle(path: Path, split: str) -> list[Question]:

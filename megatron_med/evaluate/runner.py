@@ -17,6 +17,9 @@ from megatron_med.parallel.random import seed_of
 _BLOCK = 128
 """Questions after which samples are written: what a kill can cost."""
 
+_CUT_TOKENS = 64
+"""Tokens that are written after a prompt that was cut."""
+
 Keep = Callable[[Sequence[Sample]], None]
 
 
@@ -121,7 +124,7 @@ def _by_writing(
     samples = []
     for question, text, fit, written_texts in zip(block, texts, fits, outputs, strict=True):
         if fit:
-            reading = way.read(task, question, written_texts, len(shots))
+            reading = way.read(task, question, written_texts)
             samples.append({"prompt": text, "outputs": written_texts, **_told(question, reading)})
         else:
             samples.append(_too_long(question, text, {way.name: None}))
@@ -131,7 +134,7 @@ def _by_writing(
 def _asked(
     text: str, writing: Writing, room: int, question: Question, way: WrittenWay, number: int, asking: Asking
 ) -> Asked:
-    tokens = writing.tokens if asking.truncate else min(writing.tokens, max(1, room))
+    tokens = min(writing.tokens, room if room > 0 else _CUT_TOKENS)
     seed = seed_of("evaluate", asking.seed, question.id, way.name, number)
     return Asked(text, tokens, writing.sampling, writing.stop, seed)
 

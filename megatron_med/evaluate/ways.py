@@ -94,7 +94,7 @@ class WrittenWay(Way):
         """What to write; ``longest`` is the tokens of the longest answer itself (a letter, or yes, no, maybe)."""
 
     @abstractmethod
-    def read(self, task: Task, question: Question, outputs: Sequence[str], shots: int) -> Reading:
+    def read(self, task: Task, question: Question, outputs: Sequence[str]) -> Reading:
         """The answer."""
 
     def wants_more(self, task: Task, question: Question, outputs: Sequence[str]) -> bool:
@@ -163,7 +163,7 @@ class TopToken(WrittenWay):
         tokens = longest + (_SHOT_TOKENS if shots else 0)
         return Writing(prompt, tokens, 1, sampling, (prompts.STOP,), is_message=True)
 
-    def read(self, task: Task, question: Question, outputs: Sequence[str], shots: int) -> Reading:
+    def read(self, task: Task, question: Question, outputs: Sequence[str]) -> Reading:
         return Reading({self.name: first_word(outputs[0], task, question)})
 
 
@@ -177,7 +177,7 @@ class ChainOfThought(WrittenWay):
         sampling = Sampling(frequency_penalty=1.0)
         return Writing(prompt, _THOUGHT_TOKENS, 1, sampling, (prompts.STOP,), is_message=True)
 
-    def read(self, task: Task, question: Question, outputs: Sequence[str], shots: int) -> Reading:
+    def read(self, task: Task, question: Question, outputs: Sequence[str]) -> Reading:
         return Reading({self.name: after_answer_is(outputs[0], task, question)})
 
 
@@ -194,7 +194,7 @@ class SelfConsistency(ChainOfThought):
         sampling = Sampling(0.8, frequency_penalty=1.0)
         return Writing(prompt, _THOUGHT_TOKENS, self._samples, sampling, (prompts.STOP,), is_message=True)
 
-    def read(self, task: Task, question: Question, outputs: Sequence[str], shots: int) -> Reading:
+    def read(self, task: Task, question: Question, outputs: Sequence[str]) -> Reading:
         answers = [after_answer_is(output, task, question) for output in outputs]
         vote = majority(answers)
         return Reading({self.name: vote.letter}, {"answers": answers, "tie": vote.is_tie})
@@ -209,7 +209,7 @@ class MedAlpaca(WrittenWay):
         sampling = Sampling(0.4, top_k=50, top_p=0.9)
         return Writing(prompts.medalpaca(question), _TEXT_TOKENS, 1, sampling)
 
-    def read(self, task: Task, question: Question, outputs: Sequence[str], shots: int) -> Reading:
+    def read(self, task: Task, question: Question, outputs: Sequence[str]) -> Reading:
         return Reading({self.name: medalpaca_letter(outputs[-1], question)}, {"tries": len(outputs)})
 
     def wants_more(self, task: Task, question: Question, outputs: Sequence[str]) -> bool:
@@ -224,7 +224,7 @@ class WrittenText(WrittenWay):
     def writing(self, task: Task, question: Question, shots: Sequence[Question], longest: int) -> Writing:
         return Writing(prompts.biomed_llama_text(question), _TEXT_TOKENS)
 
-    def read(self, task: Task, question: Question, outputs: Sequence[str], shots: int) -> Reading:
+    def read(self, task: Task, question: Question, outputs: Sequence[str]) -> Reading:
         return Reading({self.name: exact_text(outputs[0], question)})
 
 
