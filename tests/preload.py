@@ -17,10 +17,14 @@ import megatron_med.inference.load
 import megatron_med.inference.scoring
 import megatron_med.plan.search
 import megatron_med.train.loop
-import megatron_med.train.setup  # noqa: F401
+import megatron_med.train.setup
 
 with suppress(ImportError):  # extras
     import transformers.models.gpt2.modeling_gpt2
     import transformers.models.llama.modeling_llama  # noqa: F401
+
+with suppress(ImportError):
+    import megatron_med.evaluate.language_model
+    import megatron_med.evaluate.runner  # noqa: F401
 
 torch.set_num_threads(1)
