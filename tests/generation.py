@@ -9,7 +9,7 @@ import torch
 
 from megatron_med.config import ParallelConfig
 from megatron_med.inference.engine import Engine
-from megatron_med.inference.load import load_model
+from megatron_med.inference.load import Settings, load_model
 from megatron_med.inference.model import InferenceModel
 from megatron_med.inference.request import Answer, Request, Stopping, row_seed
 from megatron_med.inference.sampling import Sampling
@@ -22,13 +22,13 @@ NEW = 24
 Ids = list[int]
 
 
-def load(folder: Path, tensor: int, pipeline: int) -> InferenceModel:
+def load(folder: Path, tensor: int, pipeline: int, quantize: str | None = None) -> InferenceModel:
     if tensor * pipeline == 1 and not torch.distributed.is_initialized():
         context = single_process_context()
     else:
         config = ParallelConfig(tensor=tensor, pipeline=pipeline, sequence_parallel=False)
         context = create_context(config, torch.device("cpu"))
-    return load_model(folder, context).model
+    return load_model(folder, context, Settings(quantize=quantize)).model
 
 
 def answers_of(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,33 @@ def test_text_that_lm_eval_asks_for_is_that_of_its_backend(checkpoint: Path, the
     instances = _instances("generate_until", arguments)
     ours = MegatronMedLM(str(checkpoint)).generate_until(instances, disable_tqdm=True)
     assert ours == theirs.generate_until(instances, disable_tqdm=True)
+
+
+TEMPLATE = (
+    "{% for m in messages %}{{ bos_token + m.role + ': ' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ bos_token + 'assistant:' }}{% endif %}"
+)
+
+
+def test_chat_templates_are_those_of_lm_evals_backend(
+    checkpoint: Path, theirs: HFLM, shared: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "chats"
+    shutil.copytree(checkpoint.parent / "exported", folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    models = [MegatronMedLM(str(folder)), HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=8)]
+    history = [{"role": "user", "content": "Is it <s> a fever?"}, {"role": "assistant", "content": "It is."}]
+    asked = [model.apply_chat_template(history[:1]) for model in models]
+    assert asked[0] == asked[1] == "<s>user: Is it <s> a fever?</s><s>assistant:"
+    assert models[0].tok_encode(asked[0]) == models[1].tok_encode(asked[0])
+    assert models[0].tok_encode("fever") == models[1].tok_encode("fever")
+    assert models[0].as_message("Is it <s> a fever?") == asked[0], "the templates of lm-eval and of our ways are one"
+    resps = []
+    for model in models:
+        manager = TaskManager(include_path=str(FOLDER), metadata={"data": str(shared / "qa")}, verbosity="ERROR")
+        options = {"limit": 4, "task_manager": manager, "apply_chat_template": True, "verbosity": "ERROR"}
+        results = simple_evaluate(model, tasks=["local_medqa_4options"], **options)
+        assert results is not None
+        resps.append([float(one[0][0]) for row in results["samples"]["local_medqa_4options"] for one in row["resps"]])
+    assert resps[0] == pytest.approx(resps[1], abs=CLOSE)

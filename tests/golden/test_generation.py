@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 from megatron_med.checkpoint.huggingface.convert import import_huggingface
 from megatron_med.inference.engine import Engine
+from megatron_med.inference.load import load_model
 from megatron_med.inference.request import Request, row_seed
 from megatron_med.inference.sampling import Sampling
+from megatron_med.parallel.context import single_process_context
 from tests.generation import NEW, Ids, answer_on_rank, answers_of, load, score_on_rank
 from tests.ranks import run_ranks
 
@@ -220,6 +224,28 @@ def test_log_likelihoods_equal_transformers(folder: Path, theirs: Any, tensor: i
 def test_a_checkpoint_of_ours_reads_as_the_folder_does(folder: Path, tmp_path: Path) -> None:
     import_huggingface(folder, tmp_path / "checkpoint")
     prompts = _prompts()
-    expected = [answer.tokens for answer in answers_of(load(folder, 1, 1), prompts, Sampling(), 10, None)]
-    ours = answers_of(load(tmp_path / "checkpoint", 1, 1), prompts, Sampling(), 10, None)
-    assert [answer.tokens for answer in ours] == expected
+    texts = []
+    for quantize in ("none", "int8", "nf4"):
+        both = []
+        for source in (folder, tmp_path / "checkpoint"):
+            answers = answers_of(load(source, 1, 1, quantize), prompts, Sampling(), 10, None)
+            both.append([answer.tokens for answer in answers])
+        assert both[0] == both[1], quantize
+        texts.append(both[0])
+    assert texts[0] != texts[1] != texts[2] != texts[0], "the matrices are in fewer bits"
+
+
+def test_every_end_token_ends_an_answer(folder: Path, tmp_path: Path) -> None:
+    prompts = _prompts()
+    plain = [answer.tokens for answer in answers_of(load(folder, 1, 1), prompts, Sampling(), 10, None)]
+    ends = [plain[0][5], plain[3][8]]
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    loaded = load_model(copied, single_process_context())
+    assert loaded.end_ids == set(ends)
+    requests = [Request(prompt, NEW) for prompt in prompts]
+    for answer in Engine(loaded.model, stopping=loaded.stopping()).answers(requests):
+        tokens = plain[answer.request]
+        cut = next((place for place, token in enumerate(tokens) if token in ends), NEW)
+        assert answer.tokens == tokens[:cut]

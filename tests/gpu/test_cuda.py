@@ -7,11 +7,16 @@ import torch
 
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import Config, DataConfig, ModelConfig, TrainConfig
+from megatron_med.inference.engine import Engine
+from megatron_med.inference.model import InferenceModel
+from megatron_med.inference.request import Request
 from megatron_med.kernels import backend, blockwise, int8, nf4
 from megatron_med.kernels.functional import PackedDocuments, attention
 from megatron_med.kernels.linear import DenseLinear
 from megatron_med.model.batch import plain_batch
+from megatron_med.model.build import build_stage
 from megatron_med.parallel.context import single_process_context
+from megatron_med.parallel.parameters import initialise
 from megatron_med.train.setup import build_train_module
 from megatron_med.train.step import train_step
 from megatron_med.train.timers import StepTimer
@@ -93,3 +98,18 @@ def test_low_bits_are_those_of_the_cpu(rows: int, kernels: str, monkeypatch: pyt
     assert torch.equal(dequantized.cpu(), nf4.nf4_dequantize(packed, largest, weight.numel(), torch.bfloat16))
     found = blockwise.dequantize_blocks(*blockwise.quantize_blocks(weight.cuda(), True), True)
     assert (found.cpu() - weight).norm() < 0.02 * weight.norm()
+
+
+@pytest.mark.parametrize("family", ["llama-tiny", "gpt2-tiny"])
+def test_a_gpu_writes_what_a_cpu_writes(family: str) -> None:
+    """Rows of unequal length under one mask there, one by one here; in fp32, with large weights: no near ties."""
+    config = ModelConfig(**PRESETS[family] | {"vocab_size": 256, "init_std": 0.2})
+    requests = [Request(list(range(3, 3 + length)), 24) for length in (3, 40, 17, 1)]
+    written = []
+    for device in ("cpu", "cuda"):
+        context = single_process_context(torch.device(device))
+        stage = build_stage(config, context, torch.float32).eval()
+        initialise(stage, context, 5)
+        answers = Engine(InferenceModel([stage], context, torch.float32), slots=3).answers(requests)
+        written.append({answer.request: answer.tokens for answer in answers})
+    assert written[0] == written[1]
