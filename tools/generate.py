@@ -19,11 +19,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from megatron_med.config import ParallelConfig
-from megatron_med.errors import ConfigError, UserError, run_command
+from megatron_med.errors import ConfigError, run_command
 from megatron_med.inference.answers import (
     AnswerFile,
     Prompt,
@@ -34,16 +32,17 @@ from megatron_med.inference.answers import (
     rounds,
 )
 from megatron_med.inference.engine import Engine
+from megatron_med.inference.grid import join_grid
 from megatron_med.inference.interactive import converse
 from megatron_med.inference.load import Loaded, Settings, load_model
 from megatron_med.inference.request import Answer, Request
 from megatron_med.inference.sampling import Sampling
-from megatron_med.launch.environment import read_ranks
-from megatron_med.launch.process_group import start_process_group
 from megatron_med.model.build import DTYPES
-from megatron_med.parallel.collectives import broadcast_object, gather_objects
-from megatron_med.parallel.context import ParallelContext, create_context, single_process_context
+from megatron_med.parallel.collectives import gather_objects, on_first_rank
+from megatron_med.parallel.context import ParallelContext
 
+_PATIENCE = timedelta(hours=2)
+"""A replica may have long answers to write while the others wait."""
 _ROUND = 4
 """Prompts that each row is dealt before the replicas meet to write answers."""
 
@@ -52,7 +51,8 @@ def main() -> None:
     arguments = _parser().parse_args()
     _check(arguments)
     try:
-        context = _context(arguments.tensor, arguments.pipeline, shares=arguments.input is not None)
+        shares = arguments.input is not None
+        context = join_grid(arguments.tensor, arguments.pipeline, replicas=shares, timeout=_PATIENCE)
         _generate(arguments, context)
     finally:
         if dist.is_initialized():
@@ -111,21 +111,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(faults)
 
 
-def _context(tensor: int, pipeline: int, shares: bool) -> ParallelContext:
-    """The grid; data-parallel ranks only where there are prompts to share."""
-    _, world_size = read_ranks()
-    needed = tensor * pipeline
-    if needed < 1 or world_size % needed or (world_size != needed and not shares):
-        raise ConfigError(
-            f"The world size is {world_size}: --tensor x --pipeline = {tensor} x {pipeline} ranks are needed"
-            f"{', or a multiple of that' if shares else ''}. Start with torchrun --nproc-per-node {max(1, needed)}."
-        )
-    if world_size == 1:
-        return single_process_context(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    device, _ = start_process_group(timedelta(minutes=10))
-    return create_context(ParallelConfig(tensor=tensor, pipeline=pipeline, sequence_parallel=False), device)
-
-
 def _generate(arguments: argparse.Namespace, context: ParallelContext) -> None:
     sampling = Sampling(
         arguments.temperature,
@@ -174,22 +159,20 @@ def _utf8(prompt: str) -> str:
 def _answer_file(arguments: argparse.Namespace, loaded: Loaded, engine: Engine) -> None:
     context = loaded.model.context
     prompts = read_prompts(arguments.input, loaded, arguments.add_bos, arguments.max_new_tokens)
-    file = None
-    fault: Exception | None = None
-    if context.world.is_first:
-        try:
-            file = AnswerFile(arguments.output, prompts, _deciding(arguments, loaded), arguments.overwrite)
-        except (UserError, OSError) as error:
-            fault = error
-    done, fault = broadcast_object((file.done if file is not None else 0, fault), context.world)
-    if fault is not None:
-        raise fault
-    with _progress(len(prompts), done, file is not None) as advance:
+    files: list[AnswerFile] = []  # on rank 0 alone
+
+    def begin() -> int:
+        deciding = _deciding(arguments, loaded)
+        files.append(AnswerFile(arguments.output, prompts, deciding, arguments.overwrite))
+        return files[0].done
+
+    done = on_first_rank(context, begin)
+    with _progress(len(prompts), done, bool(files)) as advance:
         for answer_number, answer in _answers(arguments, loaded, engine, prompts, done):
-            if file is not None:
+            for file in files:
                 file.add(answer_number, answered(prompts[answer_number], answer, loaded.tokenizer is not None))
                 advance()
-    if file is not None:
+    for file in files:
         file.close()
 
 

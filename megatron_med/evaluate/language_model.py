@@ -14,7 +14,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text
@@ -23,22 +22,19 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_med.checkpoint.huggingface.tokenizer import write_tokenizer
-from megatron_med.config import ParallelConfig
 from megatron_med.errors import ConfigError
 from megatron_med.inference.engine import Engine
+from megatron_med.inference.grid import join_grid
 from megatron_med.inference.load import Loaded, Settings, load_model
 from megatron_med.inference.request import Request, Stopping, row_seed
 from megatron_med.inference.sampling import GREEDY, Sampling
 from megatron_med.inference.scoring import Score, log_likelihoods
-from megatron_med.launch.environment import read_ranks
-from megatron_med.launch.process_group import start_process_group
 from megatron_med.model.build import DTYPES
 from megatron_med.parallel.collectives import gather_objects
-from megatron_med.parallel.context import ParallelContext, create_context, single_process_context
+from megatron_med.parallel.context import ParallelContext
 
-_ROUND = 4
-"""Prompts that each row is dealt before replicas meet."""
-
+_PATIENCE = timedelta(hours=2)
+"""A replica may have long answers to write while the others wait."""
 Pair = tuple[list[int], list[int]]
 
 
@@ -92,7 +88,7 @@ class MegatronMedLM(TemplateLM):
         **others: Any,
     ) -> None:
         super().__init__()
-        self.context = context or _context(int(tensor), int(pipeline))
+        self.context = context or join_grid(int(tensor), int(pipeline), replicas=True, timeout=_PATIENCE)
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision is {precision!r}: it must be fp32 or bf16.")
         self.loaded = load_model(checkpoint, self.context, Settings(DTYPES[precision], None, base, quantize))
@@ -282,20 +278,6 @@ def _sampling(kwargs: dict[str, Any]) -> Sampling:
     if kwargs:
         raise ConfigError(f"generation_kwargs hold {', '.join(sorted(kwargs))}: unknown here. Leave them out.")
     return Sampling(temperature if samples else 0.0, **(filters if samples else {}), **named)  # type: ignore[arg-type]
-
-
-def _context(tensor: int, pipeline: int) -> ParallelContext:
-    _, world_size = read_ranks()
-    needed = tensor * pipeline
-    if needed < 1 or world_size % needed:
-        raise ConfigError(
-            f"The world size is {world_size}: a multiple of tensor x pipeline = {tensor} x {pipeline} ranks is needed. "
-            f"Start with torchrun --nproc-per-node {max(1, needed)}."
-        )
-    if world_size == 1:
-        return single_process_context(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    device, _ = start_process_group(timedelta(hours=2))
-    return create_context(ParallelConfig(tensor=tensor, pipeline=pipeline, sequence_parallel=False), device)
 
 
 def _tokenizer(loaded: Loaded) -> PreTrainedTokenizerBase:

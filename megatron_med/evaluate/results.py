@@ -193,3 +193,15 @@ def perplexity(samples: Iterable[Sample], wanted: set[Key]) -> dict[str, dict[st
 def _percentiles(values: Any) -> list[float]:
     tail = 100 * (1 - _LEVEL) / 2
     return [float(value) for value in np.percentile(values, [tail, 100 - tail])]
+
+
+def describe(task: str, table: Mapping[str, Mapping[str, Any]], gold: Mapping[str, int]) -> list[str]:
+    """A table in lines."""
+    counts = ", ".join(f"{answer} {count}" for answer, count in gold.items())
+    lines = [f"{task} (gold answers: {counts})" if counts else task]
+    for metric, found in table.items():
+        low, high = found["interval"]
+        notes = [f"{name} {found[name]:.4g}" for name in ("unparsed", "too_long", "ties", "spread") if found.get(name)]
+        line = f"  {metric:<28} {found['value']:8.4f}  [{low:.4f}, {high:.4f}]  of {found['count']}"
+        lines.append("; ".join([line, ", ".join(notes)] if notes else [line]))
+    return lines

@@ -6,14 +6,18 @@ All of them do nothing on an axis with a single rank.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 
-from megatron_med.parallel.context import Axis
+from megatron_med.errors import UserError
+from megatron_med.parallel.context import Axis, ParallelContext
+
+T = TypeVar("T")
 
 
 class Pending:
@@ -180,3 +184,20 @@ def broadcast_object(value: Any, axis: Axis, source: int = 0) -> Any:
     values = [value]
     dist.broadcast_object_list(values, axis.ranks[source], group=axis.group, device=torch.device("cpu"))
     return values[0]
+
+
+def on_first_rank(context: ParallelContext, action: Callable[[], T]) -> T:
+    """Runs ``action`` on rank 0; every rank gets its value, or raises its fault, so that all of them end together."""
+    failure: UserError | None = None
+    value: Any = None
+    if context.world.is_first:
+        try:
+            value = action()
+        except UserError as error:
+            failure = error
+    kind, faults, value = broadcast_object(
+        (type(failure), failure.faults, None) if failure else (None, [], value), context.world
+    )
+    if kind is not None:
+        raise kind(faults)
+    return value

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_med.checkpoint.adapter import MERGE, base_of, check_settings, describe_adapter, rows_of
 from megatron_med.checkpoint.folder import CheckpointState, read_state, resolve_checkpoint
@@ -13,15 +12,13 @@ from megatron_med.checkpoint.load import check_model, check_tokenizer, load_opti
 from megatron_med.checkpoint.quantized import load_quantized
 from megatron_med.checkpoint.views import Part
 from megatron_med.config import Config
-from megatron_med.errors import CheckpointError, UserError
-from megatron_med.parallel.collectives import broadcast_object
+from megatron_med.errors import CheckpointError
+from megatron_med.parallel.collectives import on_first_rank
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.tokenizer import Tokenizer
 from megatron_med.train.continuity import Settings, settings_before
 from megatron_med.train.run_folder import RunFolder
 from megatron_med.train.step import TrainModule
-
-T = TypeVar("T")
 
 _NAMES_SHOWN = 3
 _JINJA = "chat_template"
@@ -280,20 +277,3 @@ def _resume_point(folder: RunFolder, context: ParallelContext) -> Path | None:
             fault, damaged = error, source
             source = on_first_rank(context, lambda: folder.step_back(damaged, fault))  # noqa: B023  (called at once)
     return None
-
-
-def on_first_rank(context: ParallelContext, action: Callable[[], T]) -> T:
-    """Runs ``action`` on rank 0; every rank gets its value, or raises its fault, so that all of them end together."""
-    failure: UserError | None = None
-    value: Any = None
-    if context.world.is_first:
-        try:
-            value = action()
-        except UserError as error:
-            failure = error
-    kind, faults, value = broadcast_object(
-        (type(failure), failure.faults, None) if failure else (None, [], value), context.world
-    )
-    if kind is not None:
-        raise kind(faults)
-    return value

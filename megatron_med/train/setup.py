@@ -31,7 +31,7 @@ from megatron_med.model.transformer import Transformer
 from megatron_med.optim.groups import check_groups, freeze_groups
 from megatron_med.optim.loss_scale import LossScaler
 from megatron_med.optim.optimizer import Optimizer
-from megatron_med.parallel.collectives import gather_objects
+from megatron_med.parallel.collectives import gather_objects, on_first_rank
 from megatron_med.parallel.context import ParallelContext, create_context
 from megatron_med.parallel.data_parallel.base import DataParallel
 from megatron_med.parallel.data_parallel.buckets import BucketedDataParallel
@@ -40,7 +40,7 @@ from megatron_med.parallel.parameters import initialise
 from megatron_med.parallel.pipeline_parallel.engine import PipelineEngine
 from megatron_med.tokenizer import Tokenizer
 from megatron_med.train.continuity import Settings, beyond_horizon, changes, decay_horizon, settings_of
-from megatron_med.train.loading import Progress, choose_source, load_state, on_first_rank, rows_to_train
+from megatron_med.train.loading import Progress, choose_source, load_state, rows_to_train
 from megatron_med.train.run_folder import RunFolder
 from megatron_med.train.samples import SamplePrompts
 from megatron_med.train.step import TrainModule

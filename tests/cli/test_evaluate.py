@@ -218,7 +218,7 @@ def test_what_cannot_be_scored_is_told_in_a_line(
         (("--data", tmp_path / "absent"), "there is no such folder"),
         (("--limit", 0), "--limit is 0: it must be at least 1"),
         (("--seeds", 1, 1, "--shots", 1), "--seeds holds a seed twice"),
-        (("--tensor", 3), "The world size is 1: a multiple of tensor x pipeline = 3 x 1 ranks is needed"),
+        (("--tensor", 3), "The world size is 1: --tensor x --pipeline = 3 x 1 ranks are needed, or a multiple"),
     ):
         done = python(EVALUATE, *common, *options)
         assert done.returncode == 2, done.stderr
