@@ -85,6 +85,16 @@ def write_json(path: Path, content: Any, indent: int | None = 2, ensure_ascii: b
     write_text(path, json.dumps(content, indent=indent, ensure_ascii=ensure_ascii) + "\n")
 
 
+def whole_lines(path: Path) -> list[str]:
+    """Lines of a file that is written line by line; a last one that a kill has cut is taken away."""
+    content = path.read_bytes()
+    end = content.rfind(b"\n") + 1
+    if end < len(content):
+        with replacing(path) as partial:
+            partial.write_bytes(content[:end])
+    return content[:end].decode("utf-8").split("\n")[:-1]
+
+
 class _Pieces(io.FileIO):
     """A file that takes at most PIECE bytes in one call, and remembers why it could not take some."""
 

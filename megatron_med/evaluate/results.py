@@ -14,7 +14,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from megatron_med.errors import DataError, TargetExistsError
-from megatron_med.files import naming, replacing, write_json
+from megatron_med.files import naming, whole_lines, write_json
 
 RESULTS = "results.json"
 _RESAMPLES = 1000
@@ -80,13 +80,8 @@ class ResultsFolder:
         path = self._samples(task)
         if not path.is_file():
             return {}
-        whole = path.read_bytes()
-        end = whole.rfind(b"\n") + 1
-        if end < len(whole):
-            with replacing(path) as partial:
-                partial.write_bytes(whole[:end])
         samples = {}
-        for number, line in enumerate(whole[:end].decode("utf-8").split("\n")[:-1], 1):
+        for number, line in enumerate(whole_lines(path), 1):
             try:
                 sample = json.loads(line)
                 samples[key_of(sample)] = sample

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from megatron_med.data.jsonl import BadLine, content_of, read_lines
 from megatron_med.errors import ConfigError, DataError, TargetExistsError
-from megatron_med.files import naming, replacing, sync, write_json
+from megatron_med.files import naming, sync, whole_lines, write_json
 from megatron_med.inference.load import Loaded, request_fault
 from megatron_med.inference.request import Answer, Request, row_seed
 
@@ -161,12 +161,7 @@ class AnswerFile:
                 f"{self.path} holds answers with {name} {earlier.get(name)!r}, not {settings[name]!r}: name another "
                 "file, or pass --overwrite."
             )
-        whole = self.path.read_bytes()
-        end = whole.rfind(b"\n") + 1
-        if end < len(whole):
-            with replacing(self.path) as partial:
-                partial.write_bytes(whole[:end])
-        lines = whole[:end].decode("utf-8").split("\n")[:-1]
+        lines = whole_lines(self.path)
         for number, line in enumerate(lines):
             if number >= len(self._prompts) or not _belongs(line, self._prompts[number].record):
                 raise TargetExistsError(
