@@ -35,7 +35,7 @@ from megatron_med.inference.engine import Engine
 from megatron_med.inference.grid import join_grid
 from megatron_med.inference.interactive import converse
 from megatron_med.inference.load import Loaded, Settings, load_model
-from megatron_med.inference.request import Answer, Request
+from megatron_med.inference.request import Answer, Request, row_seed
 from megatron_med.inference.sampling import Sampling
 from megatron_med.model.build import DTYPES
 from megatron_med.parallel.collectives import gather_objects, on_first_rank
@@ -136,7 +136,7 @@ def _generate(arguments: argparse.Namespace, context: ParallelContext) -> None:
 
 def _answer_one(arguments: argparse.Namespace, loaded: Loaded, engine: Engine) -> None:
     ids = arguments.prompt_ids or encode_prompt(_utf8(arguments.prompt), loaded, arguments.add_bos)
-    request = Request(ids, arguments.max_new_tokens, arguments.seed)
+    request = Request(ids, arguments.max_new_tokens, row_seed(arguments.seed, 0))
     loaded.check(request)
     (answer,) = engine.answers([request])
     if not loaded.model.context.world.is_first:
@@ -197,7 +197,7 @@ def _deciding(arguments: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
     """What the answers depend on."""
     free = {"output", "overwrite", "batch_size", "tensor", "pipeline", "prompt", "prompt_ids", "interactive", "input"}
     given = {name.replace("_", "-"): value for name, value in vars(arguments).items() if name not in free}
-    return given | {"checkpoint": str(loaded.source.resolve())}
+    return given | {"checkpoint": str(loaded.source.resolve()), "weights": loaded.fingerprint()}
 
 
 @contextmanager
