@@ -133,8 +133,7 @@ def test_alpaca_then_medalpaca(shared: Path, tokenizer: Path, base: Path, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["int8", "nf4"])
-@pytest.mark.parametrize("size", ["7b", "13b"])
+@pytest.mark.parametrize(("size", "base"), [("7b", "int8"), ("13b", "nf4")])
 def test_medalpaca_in_few_bits(
     shared: Path, tokenizer: Path, wide_base: Path, tmp_path: Path, size: str, base: str
 ) -> None:

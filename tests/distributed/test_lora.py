@@ -204,8 +204,8 @@ def test_masks_are_those_of_one_process_where_ranks_hold_the_same_input(
 
 
 ROW_GRIDS = {
-    "llama": ["one process", "tensor 2", "tensor 2, no sequence parallelism", "pipeline 2", "full sharding, all eight"],
-    "gpt2": ["tensor 2", "pipeline 2", "full sharding, all eight"],
+    "llama": ["tensor 2", "tensor 2, no sequence parallelism", "full sharding, all eight"],
+    "gpt2": ["one process", "pipeline 2", "full sharding, all eight"],
 }
 
 
