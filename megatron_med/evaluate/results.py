@@ -197,6 +197,8 @@ def describe(task: str, table: Mapping[str, Mapping[str, Any]], gold: Mapping[st
     for metric, found in table.items():
         low, high = found["interval"]
         notes = [f"{name} {found[name]:.4g}" for name in ("unparsed", "too_long", "ties", "spread") if found.get(name)]
+        if found.get("too_long"):
+            notes.append("--truncate left cuts what is too long")
         line = f"  {metric:<28} {found['value']:8.4f}  [{low:.4f}, {high:.4f}]  of {found['count']}"
         lines.append("; ".join([line, ", ".join(notes)] if notes else [line]))
     return lines

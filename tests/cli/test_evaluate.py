@@ -11,39 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_med.checkpoint.huggingface.convert import import_huggingface
-from megatron_med.tokenizer import load_tokenizer
 from tests.cli.processes import python, started_forked, started_ranks
+from tests.small_models import write_small_llama
 
 EVALUATE = "tools/evaluate.py"
 LETTERS = "ABCD"
-
-
-def _write_model(folder: Path, tokenizer: Path, seed: int) -> Path:
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    load_tokenizer(tokenizer).copy_to(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, sample_tokenizer: Path) -> Path:
     """A checkpoint with random weights."""
     folder = tmp_path_factory.mktemp("model")
-    import_huggingface(_write_model(folder / "hf", sample_tokenizer, 1), folder / "checkpoint")
+    import_huggingface(write_small_llama(folder / "hf", sample_tokenizer, 1), folder / "checkpoint")
     return folder / "checkpoint"
 
 
@@ -197,7 +178,7 @@ def test_perplexity_of_texts(model: Path, data: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_scored_is_told_in_a_line(
     model: Path, data: Path, tmp_path: Path, sample_tokenizer: Path
 ) -> None:
-    other = _write_model(tmp_path / "other", sample_tokenizer, 2)
+    other = write_small_llama(tmp_path / "other", sample_tokenizer, 2)
     _run(model, data, tmp_path / "r", "--limit", 4)
     stood = (tmp_path / "r" / "results.json").read_bytes()
     (tmp_path / "full").mkdir()

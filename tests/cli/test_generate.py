@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_med.tokenizer import load_tokenizer
 from tests.cli.processes import environment, python, started_forked, started_ranks
 from tests.conftest import REPOSITORY
+from tests.small_models import write_small_llama
 
 GENERATE = "tools/generate.py"
 TEMPLATE = (
@@ -34,19 +33,7 @@ SAMPLED = ("--temperature", 1, "--top-k", 50, "--seed", 7)
 def model(tmp_path_factory: pytest.TempPathFactory, sample_tokenizer: Path) -> Path:
     """A Hugging Face folder with random weights, the quickstart's tokenizer and a chat template."""
     folder = tmp_path_factory.mktemp("model") / "hf"
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    load_tokenizer(sample_tokenizer).copy_to(folder)
+    write_small_llama(folder, sample_tokenizer, 2, max_position_embeddings=128)
     settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": TEMPLATE}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     end = load_tokenizer(folder).eod_id
