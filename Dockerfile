@@ -9,7 +9,7 @@ ARG CPU_BASE=python:3.12-slim-bookworm
 
 FROM ${CPU_BASE} AS cpu
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
-# A compiler builds the index extension at install; git tells the version in the records of a run.
+# A compiler builds the extensions at install; git tells the version in the records of a run.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends g++ git && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu torch==2.13.0

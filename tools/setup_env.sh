@@ -14,7 +14,7 @@ python=${PYTHON:-python3}
   echo "error: $python is $("$python" --version 2>&1); Python 3.11 or newer is needed. Set PYTHON." >&2
   exit 2
 }
-state=$(cat "$repository"/{constraints.txt,pyproject.toml,setup.py,csrc/index/index.cpp} | cksum)
+state=$(cd "$repository" && find csrc -type f | LC_ALL=C sort | xargs cat constraints.txt pyproject.toml setup.py | cksum)
 ready() { [ "$(cat "$venv/.megatron_med-$1" 2>/dev/null)" = "$repository $state" ]; }
 if ! ready "$extra" && ! ready test; then  # test holds every other extra that the scripts ask for
   echo "setting up $venv (once; a few minutes)" >&2

@@ -7,15 +7,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from megatron_med.kernels.cached_attention import decode_attention
+from megatron_med.kernels.cached_attention import cache_dtype, decode_attention
 from megatron_med.kernels.functional import PackedDocuments, attention
 from megatron_med.model.cache import AttentionCache
 from megatron_med.model.transformer import Transformer
 
 
 class KeyValueCache:
-    """Memory for a number of rows, of the layers of this stage. On a CPU it is fp32, whose attention over one new token
-    is twice as fast there as that of bf16.
+    """Memory for a number of rows, of the layers of this stage.
 
     Args:
         chunks: of this rank.
@@ -33,7 +32,7 @@ class KeyValueCache:
         for chunk in chunks:
             config, context = chunk.config, chunk.context
             self.device = context.device
-            self.dtype = torch.float32 if self.device.type == "cpu" else dtype
+            self.dtype = cache_dtype(self.device, dtype)
             shape = (rows, config.num_query_groups // context.tp.size, self.capacity, config.head_dim)
             for layer in chunk.chunk.layers:  # zeros: a masked key still takes part in the arithmetic, times 0
                 key, value = (torch.zeros(shape, dtype=self.dtype, device=context.device) for _ in range(2))
@@ -87,20 +86,12 @@ class Decode(AttentionCache):
     def __init__(self, cache: KeyValueCache, lengths: Sequence[int]) -> None:
         assert max(lengths) < cache.capacity, "a row is longer than the cache"
         self._cache = cache
-        self._count = len(lengths)
-        self._lengths = [length + 1 for length in lengths]
+        self._lengths = lengths
         self._places = torch.tensor(lengths, device=cache.device)
-        self._rows = torch.arange(self._count, device=cache.device)
-        self._mask: Tensor | None = None
-        if cache.device.type == "cuda" and min(lengths) != max(lengths):
-            keys = torch.arange(max(self._lengths), device=cache.device)
-            self._mask = (keys <= self._places[:, None])[:, None, None]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        keys, values = self._cache.layers[layer]
-        for kept, new in ((keys, key), (values, value)):
-            kept[self._rows, :, self._places] = new[: self._count, 0].to(kept.dtype)
-        rows = slice(self._count)
-        out = decode_attention(query[rows, 0], keys[rows], values[rows], self._lengths, self._mask)
-        padding = out.new_zeros(len(query) - self._count, out.shape[1])
+        rows = slice(len(self._lengths))
+        new = query[rows, 0], key[rows, 0], value[rows, 0]
+        out = decode_attention(*new, self._cache.layers[layer], self._places, self._lengths)
+        padding = out.new_zeros(len(query) - len(out), out.shape[1])
         return (torch.cat((out, padding)) if len(padding) else out).unsqueeze(1)

@@ -4,22 +4,27 @@ An operation is a function of this package; what stands in its module in plain t
 implementation. Others are listed here with the module that holds them, under the same name and with the same arguments,
 best first. What is chosen depends on what is installed and what is asked for (``kernels`` of the configuration), so
 that it is the same for the whole run. bitsandbytes, unless asked for, serves on a GPU only: on a CPU plain torch is as
-fast.
+fast. ``native``, the kernels of ``csrc``, serves on a CPU, where they were compiled.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, TypeVar
 
 from megatron_med.errors import ConfigError
 
-REFERENCE, BITSANDBYTES = "reference", "bitsandbytes"
+REFERENCE, BITSANDBYTES, NATIVE = "reference", "bitsandbytes", "native"
 
 _IN_BITSANDBYTES = ((BITSANDBYTES, "megatron_med.kernels.bitsandbytes"),)
+_IN_NATIVE = ((NATIVE, "megatron_med.kernels.native"),)
+_NEEDS = {BITSANDBYTES: "bitsandbytes", NATIVE: "_megatron_med_kernels"}
+_DEVICES = {BITSANDBYTES: "cuda", NATIVE: "cpu"}
+_TOLD = {BITSANDBYTES: " on a GPU, else reference", NATIVE: " on a CPU, else reference"}
 
 OPERATIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "rms_norm": (),
@@ -34,6 +39,7 @@ OPERATIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "nf4_dequantize": _IN_BITSANDBYTES,
     "quantize_blocks": _IN_BITSANDBYTES,
     "dequantize_blocks": _IN_BITSANDBYTES,
+    "decode_attention": _IN_NATIVE,
 }
 """Operation -> (implementation, module) in order of preference; the reference comes last."""
 
@@ -59,7 +65,7 @@ def ask_for(name: str) -> None:
 
 
 def choices() -> dict[str, str]:
-    """Operation -> name of the implementation that serves it, on a GPU."""
+    """Operation -> name of the implementation that serves it, on the device that it is for."""
     return {operation: next((name for name, _ in _available(operation)), REFERENCE) for operation in OPERATIONS}
 
 
@@ -67,7 +73,7 @@ def describe() -> str:
     """The choices in a line, operations of one implementation together."""
     by_name: dict[str, list[str]] = {}
     for operation, name in choices().items():
-        only = " on a GPU, else reference" if name == BITSANDBYTES and _asked == "auto" else ""
+        only = _TOLD.get(name, "") if name != _asked else ""
         by_name.setdefault(name + only, []).append(operation)
     return "kernels: " + "; ".join(f"{name} ({', '.join(operations)})" for name, operations in by_name.items())
 
@@ -80,11 +86,25 @@ def operation(reference: F) -> F:
     @wraps(reference)
     def chosen(*arguments: Any) -> Any:
         for name, module in _available(reference.__name__):
-            if name != BITSANDBYTES or _asked == BITSANDBYTES or arguments[0].is_cuda:
+            if name == _asked or name not in _DEVICES or arguments[0].device.type == _DEVICES[name]:
                 return getattr(importlib.import_module(module), reference.__name__)(*arguments)
         return reference(*arguments)
 
     return chosen  # type: ignore[return-value]
+
+
+def serves(name: str, operation: str, device: str) -> bool:
+    """Whether an implementation takes an operation on a device (``cpu``, ``cuda``)."""
+    return device == _DEVICES[name] and any(name == other for other, _ in _available(operation)[:1])
+
+
+@cache
+def say_that_native_is_missing() -> None:
+    """Once, where the compiled kernels would serve."""
+    if _asked != REFERENCE and not _is_installed(_NEEDS[NATIVE]):
+        logging.getLogger(__name__).warning(
+            "The C++ kernels are not installed (pip install --no-build-isolation -e . builds them); plain torch serves."
+        )
 
 
 def _available(operation: str) -> list[tuple[str, str]]:
@@ -92,7 +112,7 @@ def _available(operation: str) -> list[tuple[str, str]]:
     if _asked == REFERENCE:
         return []
     found = [(name, module) for name, module in OPERATIONS[operation] if _is_installed(module)]
-    return [(name, module) for name, module in found if name != BITSANDBYTES or _is_installed(BITSANDBYTES)]
+    return [(name, module) for name, module in found if name not in _NEEDS or _is_installed(_NEEDS[name])]
 
 
 @cache

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from megatron_med.errors import ConfigError
-from megatron_med.kernels import backend, blockwise, cross_entropy, functional, int8, nf4
+from megatron_med.kernels import backend, blockwise, cached_attention, cross_entropy, functional, int8, nf4
 from megatron_med.kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
 from megatron_med.tracing.recorder import Recorder
 from tests.cli.processes import train, write_config
@@ -21,7 +21,7 @@ from tests.cli.processes import train, write_config
 def test_every_operation_is_listed_and_has_a_reference() -> None:
     own = {
         name: function.__module__
-        for module in (functional, cross_entropy, int8, nf4, blockwise)
+        for module in (functional, cross_entropy, int8, nf4, blockwise, cached_attention)
         for name, function in vars(module).items()
         if getattr(function, "__module__", "").startswith("megatron_med.kernels.")
     }
@@ -62,7 +62,7 @@ def test_bitsandbytes_serves_where_it_is_asked_for_and_gives_the_same(monkeypatc
 
 
 def test_bitsandbytes_that_is_asked_for_and_missing_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_is_installed", lambda module: module != "bitsandbytes")
+    monkeypatch.setattr(backend, "_is_installed", lambda module: not module.startswith(("bitsandbytes", "_megatron")))
     monkeypatch.setattr(backend, "_asked", "auto")
     assert set(backend.choices().values()) == {"reference"}
     with pytest.raises(ConfigError, match=r"pip install 'megatron_med\[bitsandbytes\]'.*plain torch serves"):
@@ -74,15 +74,15 @@ def test_the_first_implementation_that_is_installed_serves(monkeypatch: pytest.M
     installed.__spec__ = sys.__spec__
     installed.rms_norm = lambda *_: "fused"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "fused_norms", installed)
-    listed = (("transformer_engine", "not_installed.here"), ("native", "fused_norms"), ("apex", "json"))
+    listed = (("transformer_engine", "not_installed.here"), ("quack", "fused_norms"), ("apex", "json"))
     monkeypatch.setitem(backend.OPERATIONS, "rms_norm", listed)
 
     def rms_norm(x: object) -> object:
         return x
 
     assert backend.operation(rms_norm)(1) == "fused"
-    assert backend.choices()["rms_norm"] == "native"
-    assert "native (rms_norm)" in backend.describe()
+    assert backend.choices()["rms_norm"] == "quack"
+    assert "quack (rms_norm)" in backend.describe()
     monkeypatch.setitem(backend.OPERATIONS, "rms_norm", listed[:1])
     assert backend.operation(rms_norm)(1) == 1
 
