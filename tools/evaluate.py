@@ -53,6 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--shots-from", type=Path, help="file that examples are drawn from; default: found in --data")
     parser.add_argument("--seeds", type=int, nargs="+", default=(1234, 432, 32), help="of the examples; one run each")
     parser.add_argument("--samples", type=int, default=5, help="chains of thought of self_consistency")
+    parser.add_argument("--orders", type=int, default=1, help="ask each question with its options in so many orders")
+    parser.add_argument(
+        "--contamination",
+        type=Path,
+        metavar="CORPUS",
+        help="look the questions up in training files: a RUN, a prefix of token files, JSON Lines, a folder of them",
+    )
     parser.add_argument("--limit", type=int, help="only the first questions of each task")
     parser.add_argument("--truncate", choices=("left",), help="cut prompts that are too long; else they count as wrong")
     parser.add_argument("--seed", type=int, default=0, help="of sampled answers")

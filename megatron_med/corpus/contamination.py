@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -89,34 +90,103 @@ def _is_prose(gram: str) -> bool:
     return 2 * sum(word.isalpha() for word in words) >= len(words)
 
 
+@dataclass(frozen=True)
+class Sought:
+    """What tells the questions of a benchmark: words in a row, with the numbers of the questions that have them.
+
+    Attributes:
+        questions: how many there are.
+        n_grams: words of each of ``grams``.
+        grams: a question of at least ``n_grams`` words is found by any of these.
+        whole: a shorter one, of at least ``SHORTEST`` words, as a whole; one that is shorter still is not sought,
+            because chance would find it.
+    """
+
+    questions: int
+    n_grams: int
+    grams: dict[str, list[int]]
+    whole: dict[str, list[int]]
+
+    @property
+    def too_short(self) -> list[int]:
+        """Numbers of the questions that are not sought."""
+        sought = {number for numbers in (*self.grams.values(), *self.whole.values()) for number in numbers}
+        return [number for number in range(self.questions) if number not in sought]
+
+
+def what_tells(questions: Iterable[list[str]], n_grams: int) -> Sought:
+    """Looks for words that a question shares with few others.
+
+    Args:
+        questions: the texts of each.
+        n_grams: words in a row.
+    """
+    grams_of: list[set[str]] = []
+    whole: dict[str, list[int]] = {}
+    for number, texts in enumerate(questions):
+        grams_of.append(set())
+        for words in map(simplified_words, texts):
+            if SHORTEST <= len(words) < n_grams:
+                whole.setdefault(" ".join(words), []).append(number)
+            grams_of[number].update(filter(_is_prose, _grams(words, n_grams)))
+    shared = Counter(gram for grams in grams_of for gram in grams)
+    sought: dict[str, list[int]] = {}
+    for number, grams in enumerate(grams_of):
+        telling = [gram for gram in grams if shared[gram] < BOILERPLATE] or grams
+        for gram in sorted(telling):
+            sought.setdefault(gram, []).append(number)
+    return Sought(len(grams_of), n_grams, sought, whole)
+
+
 def write_index(name: str, questions: Questions, n_grams: int, folder: Path) -> dict[str, int]:
     """Writes what ``QuestionFilter`` looks for in one benchmark.
-
-    A question of at least ``n_grams`` words is found by any ``n_grams`` of them in a row; a shorter one, of at least
-    ``SHORTEST`` words, as a whole; one that is shorter still is not sought, because chance would find it.
 
     Returns:
         Numbers of questions, and of those too short to be found.
     """
-    grams_of: list[set[str]] = []
-    whole: dict[str, int] = {}
-    for number, texts in enumerate(read_questions(questions)):
-        grams_of.append(set())
-        for words in map(simplified_words, texts):
-            if SHORTEST <= len(words) < n_grams:
-                whole.setdefault(" ".join(words), number)
-            grams_of[number].update(filter(_is_prose, _grams(words, n_grams)))
-    shared = Counter(gram for grams in grams_of for gram in grams)
-    sought: dict[str, int] = {}
-    for number, grams in enumerate(grams_of):
-        telling = [gram for gram in grams if shared[gram] < BOILERPLATE] or grams
-        for gram in sorted(telling):
-            sought.setdefault(gram, number)
-    found = {number for number, grams in enumerate(grams_of) if grams} | set(whole.values())
+    sought = what_tells(read_questions(questions), n_grams)
+    grams, whole = ({text: numbers[0] for text, numbers in found.items()} for found in (sought.grams, sought.whole))
     folder.mkdir(parents=True, exist_ok=True)
-    index = {"benchmark": name, "n_grams": n_grams, "grams": sought, "whole": whole}
+    index = {"benchmark": name, "n_grams": n_grams, "grams": grams, "whole": whole}
     write_json(folder / f"{name}.json", index, indent=None)
-    return {"questions": len(grams_of), "too_short_to_be_found": len(grams_of) - len(found)}
+    return {"questions": sought.questions, "too_short_to_be_found": len(sought.too_short)}
+
+
+class QuestionSearch:
+    """Finds, in the words of a document, what tells questions."""
+
+    def __init__(self) -> None:
+        self._sought: dict[int, dict[str, list[tuple[str, int, str]]]] = {}
+        self._starts: set[tuple[str, ...]] = set()
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._sought
+
+    def seek_gram(self, benchmark: str, number: int, gram: str, n_grams: int) -> None:
+        """Adds ``n_grams`` words in a row of a question."""
+        self._seek(n_grams, gram, (benchmark, number, gram))
+
+    def seek_whole(self, benchmark: str, number: int, text: str) -> None:
+        """Adds a question that is found as a whole."""
+        self._seek(SHORTEST, " ".join(text.split()[:SHORTEST]), (benchmark, number, text))
+
+    def _seek(self, length: int, first_words: str, found: tuple[str, int, str]) -> None:
+        self._sought.setdefault(length, {}).setdefault(first_words, []).append(found)
+        self._starts.add(tuple(first_words.split()[:_START]))
+
+    def hits(self, words: list[str]) -> Iterator[tuple[str, int, str]]:
+        """Benchmark, question, and the words that were found, from the beginning of the document on."""
+        columns = (words[place:] for place in range(_START))
+        for start, first_words in enumerate(zip(*columns, strict=False)):
+            if first_words in self._starts:
+                yield from self._at(words, start)
+
+    def _at(self, words: list[str], start: int) -> Iterator[tuple[str, int, str]]:
+        for length, sought in self._sought.items():
+            for benchmark, number, text in sought.get(" ".join(words[start : start + length]), []):
+                if " ".join(words[start : start + len(text.split())]) == text:
+                    yield benchmark, number, text
 
 
 class QuestionFilter(BaseFilter):
@@ -131,37 +201,22 @@ class QuestionFilter(BaseFilter):
     def __init__(self, folder: Path, exclusion_writer: DiskWriter | None = None) -> None:
         super().__init__(exclusion_writer)
         self.folder = folder
-        self._sought: dict[int, dict[str, list[tuple[str, int, str]]]] = {}
-        self._starts: set[tuple[str, ...]] = set()
+        self._search = QuestionSearch()
 
     def _load(self) -> None:
-        """By length, the first words of what is sought: benchmark, question, all of its words."""
         for file in sorted(self.folder.glob("*.json")):
             index = json.loads(file.read_text(encoding="utf-8"))
-            name = index["benchmark"]
             for gram, number in index["grams"].items():
-                self._sought.setdefault(index["n_grams"], {}).setdefault(gram, []).append((name, number, gram))
+                self._search.seek_gram(index["benchmark"], number, gram, index["n_grams"])
             for text, number in index["whole"].items():
-                start = " ".join(text.split()[:SHORTEST])
-                self._sought.setdefault(SHORTEST, {}).setdefault(start, []).append((name, number, text))
-        self._starts = {tuple(gram.split()[:_START]) for sought in self._sought.values() for gram in sought}
+                self._search.seek_whole(index["benchmark"], number, text)
 
     def filter(self, doc: Document) -> bool | tuple[bool, str]:
-        if not self._sought:
+        if self._search.is_empty:
             self._load()
-        words = simplified_words(doc.text)
-        columns = (words[place:] for place in range(_START))
-        for start, first_words in enumerate(zip(*columns, strict=False)):
-            if first_words in self._starts:
-                found = self._found_at(words, start)
-                if found:
-                    doc.metadata["contamination"] = found
-                    return False, f"contaminated: {found['benchmark']}"
-        return True
-
-    def _found_at(self, words: list[str], start: int) -> dict[str, Any] | None:
-        for length, sought in self._sought.items():
-            for benchmark, number, text in sought.get(" ".join(words[start : start + length]), []):
-                if " ".join(words[start : start + len(text.split())]) == text:
-                    return {"benchmark": benchmark, "question": number, "words": text}
-        return None
+        found = next(self._search.hits(simplified_words(doc.text)), None)
+        if found is None:
+            return True
+        benchmark, number, text = found
+        doc.metadata["contamination"] = {"benchmark": benchmark, "question": number, "words": text}
+        return False, f"contaminated: {benchmark}"

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import html
-import io
-from collections.abc import Iterable, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 
 from megatron_med.corpus.manifest import STEPS
 from megatron_med.corpus.report import TOP_WORDS, CorpusFacts, SourceFacts
+from megatron_med.page import COLOURS, document, figure, note, section, table
 
-matplotlib.use("svg")
-from matplotlib.figure import Figure
-
-_COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f")
 _REMOVED_BY = {
     "raw records": "no text, not taken",
     "language": "other language",
@@ -27,21 +22,6 @@ _REMOVED_BY = {
 }
 """Names of the steps for a reader."""
 
-_STYLE = """
-:root { color-scheme: light; font: 16px/1.5 system-ui, sans-serif; }
-body { max-width: 80rem; margin: 0 auto; padding: 1.5rem; color: #222; background: #fff; }
-h1 { font-size: 1.8rem; margin-bottom: 0.2rem; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: 0.92rem; }
-th, td { padding: 0.3rem 0.8rem; text-align: right; border-bottom: 1px solid #eee; }
-th:first-child, td:first-child { text-align: left; } th { background: #f6f6f4; }
-.wide { overflow-x: auto; } figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
-details { margin: 0.4rem 0; border: 1px solid #e4e4e0; border-radius: 4px; padding: 0.4rem 0.8rem; }
-summary { cursor: pointer; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f4; padding: 0.6rem; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: 1rem; }
-.note { color: #666; font-size: 0.9rem; } mark { background: #ffe08a; }
-"""
-
 
 def render(facts: CorpusFacts) -> str:
     """The whole page."""
@@ -51,37 +31,17 @@ def render(facts: CorpusFacts) -> str:
         f"<h1>Corpus report: {html.escape(str(facts.root))}</h1>",
         f"<p class='note'>{kept:,} of {read:,} documents kept, {facts.shards:,} shards, all as the manifest says. "
         f"megatron_med {html.escape(facts.code)}</p>",
-        _section("Sources", _sources_table(sources), _figure(_fate_picture(sources), "What became of each document")),
-        _section("Lengths", _lengths_table(sources), _figure(_length_picture(sources), "Characters of a document")),
-        _section("Languages", _languages(sources)),
-        _section("Duplicates", _duplicates(facts)),
-        _section("Benchmark questions", _questions(facts)),
-        _section("Personal data", _personal_data(sources)),
-        _section("Licences", _licenses(sources)),
-        _section("Top words", _figure(_words_picture(sources), f"The {TOP_WORDS} most frequent words of each source")),
-        _section("Removed text", _examples(facts)),
+        section("Sources", _sources_table(sources), figure(_fate_picture(sources), "What became of each document")),
+        section("Lengths", _lengths_table(sources), figure(_length_picture(sources), "Characters of a document")),
+        section("Languages", _languages(sources)),
+        section("Duplicates", _duplicates(facts)),
+        section("Benchmark questions", _questions(facts)),
+        section("Personal data", _personal_data(sources)),
+        section("Licences", _licenses(sources)),
+        section("Top words", figure(_words_picture(sources), f"The {TOP_WORDS} most frequent words of each source")),
+        section("Removed text", _examples(facts)),
     ]
-    body = "\n".join(sections)
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Corpus report</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
-        f"<body>\n{body}\n</body></html>\n"
-    )
-
-
-def _section(title: str, *parts: str) -> str:
-    return f'<section id="{title.lower().replace(" ", "-")}"><h2>{title}</h2>\n' + "\n".join(parts) + "</section>"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in header)
-    lines = ("".join(f"<td>{_cell(value)}</td>" for value in row) for row in rows)
-    body = "".join(f"<tr>{line}</tr>" for line in lines)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _cell(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else html.escape(str(value))
+    return document("Corpus report", sections)
 
 
 def _sources_table(sources: dict[str, SourceFacts]) -> str:
@@ -91,7 +51,7 @@ def _sources_table(sources: dict[str, SourceFacts]) -> str:
         tokens = [facts.tokens.get(split, "") for split in ("train", "valid")]
         rows.append([name, facts.read, *counts, facts.documents["train"], facts.documents["valid"], *tokens])
     header = ["source", "read", *_REMOVED_BY.values(), "train", "valid", "train tokens", "valid tokens"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _lengths_table(sources: dict[str, SourceFacts]) -> str:
@@ -101,18 +61,18 @@ def _lengths_table(sources: dict[str, SourceFacts]) -> str:
         for name, f in sources.items()
         if f.lengths
     ]
-    return _table(["source", "documents looked at", "shortest", "5 %", "median", "95 %", "longest"], rows)
+    return table(["source", "documents looked at", "shortest", "5 %", "median", "95 %", "longest"], rows)
 
 
 def _languages(sources: dict[str, SourceFacts]) -> str:
     found = {name: facts.languages() for name, facts in sources.items()}
     names = sorted({language for counts in found.values() for language in counts} - {"kept"})
     rows = [[name, *(counts.get(language, 0) for language in ("kept", *names))] for name, counts in found.items()]
-    table = _table(["source", "kept", *names], rows)
+    shown = table(["source", "kept", *names], rows)
     if not names:
-        return table + "<p class='note'>No other language was found.</p>"
+        return shown + note("No other language was found.")
     parts = {language: [counts.get(language, 0) for counts in found.values()] for language in names}
-    return table + _figure(_bars(list(sources), parts, "documents"), "Documents removed, by language")
+    return shown + figure(_bars(list(sources), parts, "documents"), "Documents removed, by language")
 
 
 def _duplicates(facts: CorpusFacts) -> str:
@@ -126,15 +86,11 @@ def _duplicates(facts: CorpusFacts) -> str:
     }
     by_reason = [[name, *(parts[reason][number] for reason in reasons)] for number, name in enumerate(names)]
     kept_in = [[name, *(facts.duplicates[name, other] for other in names)] for name in names]
-    shown = _table(["removed from", *reasons], by_reason)
-    shown += _figure(_bars(names, parts, "documents"), "Duplicates removed, by reason")
+    shown = table(["removed from", *reasons], by_reason)
+    shown += figure(_bars(names, parts, "documents"), "Duplicates removed, by reason")
     if not facts.has_work:
         return shown
-    return (
-        shown
-        + "<p class='note'>In which source the document is that stayed:</p>"
-        + _table(["removed from", *names], kept_in)
-    )
+    return shown + note("In which source the document is that stayed:") + table(["removed from", *names], kept_in)
 
 
 def _questions(facts: CorpusFacts) -> str:
@@ -144,7 +100,7 @@ def _questions(facts: CorpusFacts) -> str:
     for name, counts in facts.questions.items():
         hits = [s.removed["contamination"][f"contaminated: {name}"] for s in facts.sources.values()]
         rows.append([name, counts["questions"], counts["too_short_to_be_found"], *hits])
-    return _table(["benchmark", "questions", "too short to be sought", *facts.sources], rows)
+    return table(["benchmark", "questions", "too short to be sought", *facts.sources], rows)
 
 
 def _personal_data(sources: dict[str, SourceFacts]) -> str:
@@ -155,11 +111,11 @@ def _personal_data(sources: dict[str, SourceFacts]) -> str:
         [name, *(facts.found[kind] for kind in kinds), sum(facts.removed["personal data"].values())]
         for name, facts in sources.items()
     ]
-    return _table(["source", *kinds, "documents dropped for it"], rows)
+    return table(["source", *kinds, "documents dropped for it"], rows)
 
 
 def _licenses(sources: dict[str, SourceFacts]) -> str:
-    return _table(
+    return table(
         ["source", "licence", "documents"],
         [
             [name, licence, count]
@@ -196,15 +152,6 @@ def _why(metadata: dict[str, Any]) -> str:
     return ""
 
 
-def _figure(figure: Figure, caption: str) -> str:
-    """A picture as SVG within the page; the words in it stay text."""
-    target = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "corpus"}):
-        figure.savefig(target, format="svg", metadata={"Date": None})
-    drawing = target.getvalue()
-    return f"<figure>{drawing[drawing.index('<svg') :]}<figcaption class='note'>{caption}</figcaption></figure>"
-
-
 def _fate_picture(sources: dict[str, SourceFacts]) -> Figure:
     """Shares of documents kept, and removed by each step."""
     parts = {"kept": [facts.kept for facts in sources.values()]}
@@ -216,25 +163,25 @@ def _fate_picture(sources: dict[str, SourceFacts]) -> Figure:
 
 def _bars(names: list[str], parts: dict[str, list[Any]], unit: str) -> Figure:
     """One bar a source, put together from named parts; those that are zero everywhere are left out."""
-    figure = Figure(figsize=(9, 1.3 + 0.45 * len(names)), layout="constrained")
-    axes = figure.subplots()
+    picture = Figure(figsize=(9, 1.3 + 0.45 * len(names)), layout="constrained")
+    axes = picture.subplots()
     left = np.zeros(len(names))
     shown = {name: np.array(values, dtype=float) for name, values in parts.items() if any(values)}
-    for (name, width), colour in zip(shown.items(), _COLOURS * len(shown), strict=False):
+    for (name, width), colour in zip(shown.items(), COLOURS * len(shown), strict=False):
         axes.barh(names, width, left=left, color=colour, label=name)
         left += width
     axes.invert_yaxis()
     axes.set_xlabel(unit)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=8)
-    return figure
+    return picture
 
 
 def _length_picture(sources: dict[str, SourceFacts]) -> Figure:
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots()
+    picture = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = picture.subplots()
     longest = max((max(facts.lengths) for facts in sources.values() if facts.lengths), default=10)
     bins = np.geomspace(10, longest + 1, 60)
-    for (name, facts), colour in zip(sources.items(), _COLOURS * len(sources), strict=False):
+    for (name, facts), colour in zip(sources.items(), COLOURS * len(sources), strict=False):
         if facts.lengths:
             weights = np.full(len(facts.lengths), 100 / len(facts.lengths))
             axes.hist(
@@ -250,20 +197,20 @@ def _length_picture(sources: dict[str, SourceFacts]) -> Figure:
     axes.set_xlabel("characters")
     axes.set_ylabel("% of the source's documents")
     axes.legend(frameon=False)
-    return figure
+    return picture
 
 
 def _words_picture(sources: dict[str, SourceFacts]) -> Figure:
     columns = min(4, max(1, len(sources)))
     rows = -(-len(sources) // columns)
-    figure = Figure(figsize=(2.9 * columns, 3.4 * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
+    picture = Figure(figsize=(2.9 * columns, 3.4 * rows), layout="constrained")
+    grid = picture.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_visible(False)
-    for axes, (name, facts), colour in zip(grid.flat, sources.items(), _COLOURS * len(sources), strict=False):
+    for axes, (name, facts), colour in zip(grid.flat, sources.items(), COLOURS * len(sources), strict=False):
         top = facts.words.most_common(TOP_WORDS)[::-1]
         axes.set_visible(True)
         axes.barh([word for word, _ in top], [count for _, count in top], color=colour)
         axes.set_title(name, fontsize=10)
         axes.tick_params(labelsize=8)
-    return figure
+    return picture

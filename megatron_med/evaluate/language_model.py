@@ -129,7 +129,14 @@ class MegatronMedLM(TemplateLM):
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         if add_special_tokens is None and has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
             options = {"add_special_tokens": False}
-        return self.tokenizer.encode(string, **options)
+        ids: list[int] = self.tokenizer.encode(string, **options)
+        vocabulary = self.loaded.model.config.vocab_size
+        if max(ids, default=0) >= vocabulary:
+            raise ConfigError(
+                f"The tokenizer of {self.loaded.source} gives the id {max(ids)}, and the model's vocabulary ends at "
+                f"{vocabulary - 1}: it is another model's tokenizer."
+            )
+        return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """A conversation as the text that the model was trained on."""

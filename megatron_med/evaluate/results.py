@@ -14,11 +14,14 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from megatron_med.errors import DataError, TargetExistsError
+from megatron_med.evaluate.statistics import RESAMPLES, interval, percentiles
 from megatron_med.files import naming, whole_lines, write_json
 
 RESULTS = "results.json"
-_RESAMPLES = 1000
-_LEVEL = 0.95
+_PARTS = ("tasks", "gold", "contamination", "analysis")
+
+ORDER = "@"
+"""What stands between a metric and the number of places that the options were moved by."""
 
 Key = tuple[str, str, int]
 """Question, way, and seed of the shots (0 where there are none)."""
@@ -40,8 +43,7 @@ class ResultsFolder:
 
     def __init__(self, path: Path, identity: Mapping[str, Any], overwrite: bool) -> None:
         self.path = path
-        self._tasks: dict[str, Any] = {}
-        self._gold: dict[str, Any] = {}
+        self._parts: dict[str, dict[str, Any]] = {part: {} for part in _PARTS}
         path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(path / ".lock", timeout=0)
         try:
@@ -60,7 +62,8 @@ class ResultsFolder:
             return wanted
         try:
             content = json.loads((self.path / RESULTS).read_text(encoding="utf-8"))
-            stored, self._tasks, self._gold = content["settings"], content["tasks"], content.get("gold", {})
+            stored, self._parts["tasks"] = content["settings"], content["tasks"]
+            self._parts |= {part: content.get(part, {}) for part in _PARTS[1:]}
             files = stored["files"]
         except (OSError, ValueError, KeyError, TypeError):
             raise TargetExistsError(f"{self.path} is not empty and holds no results: name another --output.") from None
@@ -77,21 +80,12 @@ class ResultsFolder:
 
     def read(self, task: str) -> dict[Key, Sample]:
         """Samples that stand already; a last line that a kill has cut is taken away."""
-        path = self._samples(task)
-        if not path.is_file():
-            return {}
-        samples = {}
-        for number, line in enumerate(whole_lines(path), 1):
-            try:
-                sample = json.loads(line)
-                samples[key_of(sample)] = sample
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}:{number} is no sample ({error}). Pass --overwrite to begin anew.") from error
-        return samples
+        path = samples_file(self.path, task)
+        return read_samples(path) if path.is_file() else {}
 
     def add(self, task: str, samples: Sequence[Sample]) -> None:
         """Writes samples at the end of a task's file."""
-        path = self._samples(task)
+        path = samples_file(self.path, task)
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
 
@@ -103,21 +97,51 @@ class ResultsFolder:
             table: metric -> value, interval, count, unparsed.
             gold: letter -> how often it is the right answer.
         """
-        self._tasks[task] = self._tasks.get(task, {}) | dict(table)
-        if gold:
-            self._gold[task] = dict(gold)
+        tasks = self._parts["tasks"]
+        tasks[task] = tasks.get(task, {}) | dict(table)
+        self.note("gold", {task: dict(gold)} if gold else {})
+
+    def note(self, part: str, by_task: Mapping[str, Any]) -> None:
+        """Writes what else is known of some tasks.
+
+        Args:
+            part: ``gold``, ``contamination`` or ``analysis``.
+            by_task: name -> what is known.
+        """
+        self._parts[part] |= by_task
         self._write()
 
+    def known(self, part: str) -> Mapping[str, Any]:
+        """What ``note`` and ``write`` have put there, by task; ``tasks`` are the tables."""
+        return self._parts[part]
+
     def _write(self) -> None:
-        content = {"settings": self._settings, "tasks": self._tasks, "gold": self._gold}
-        write_json(self.path / RESULTS, content, ensure_ascii=False)
+        write_json(self.path / RESULTS, {"settings": self._settings, **self._parts}, ensure_ascii=False)
 
     def close(self) -> None:
         """Lets go of the folder."""
         self._lock.release()
 
-    def _samples(self, task: str) -> Path:
-        return self.path / f"samples_{task}.jsonl"
+
+def samples_file(folder: Path, task: str) -> Path:
+    """Where the samples of a task stand."""
+    return folder / f"samples_{task}.jsonl"
+
+
+def read_samples(path: Path) -> dict[Key, Sample]:
+    """The samples of a file; a last line that a kill has cut is left out, and taken away.
+
+    Raises:
+        DataError: a line is no sample.
+    """
+    samples = {}
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            sample = json.loads(line)
+            samples[key_of(sample)] = sample
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number} is no sample ({error}). Pass --overwrite to begin anew.") from error
+    return samples
 
 
 def _short(value: Any) -> str:
@@ -166,28 +190,16 @@ def accuracies(samples: Iterable[Sample], wanted: set[Key]) -> dict[str, dict[st
     return table
 
 
-def interval(values: Any) -> list[float]:
-    """95 % bootstrap interval of the mean of some values (percentiles of 1,000 resamples with a fixed seed)."""
-    values = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(len(values), size=(_RESAMPLES, len(values)))
-    return _percentiles(values[drawn].mean(axis=1))
-
-
 def perplexity(samples: Iterable[Sample], wanted: set[Key]) -> dict[str, dict[str, Any]]:
     """exp(-sum of log-likelihoods / number of white-space words), and its interval over resampled documents."""
     mine = [sample for sample in samples if key_of(sample) in wanted]
     totals = np.array([sample["loglikelihood"] for sample in mine])
     words = np.array([sample["words"] for sample in mine], dtype=np.float64)
-    drawn = np.random.default_rng(0).integers(len(mine), size=(_RESAMPLES, len(mine)))
+    drawn = np.random.default_rng(0).integers(len(mine), size=(RESAMPLES, len(mine)))
     resampled = np.exp(-totals[drawn].sum(axis=1) / words[drawn].sum(axis=1))
     value = math.exp(-totals.sum() / words.sum())
-    described = {"interval": _percentiles(resampled), "count": len(mine), "unparsed": 0, "words": int(words.sum())}
+    described = {"interval": percentiles(resampled), "count": len(mine), "unparsed": 0, "words": int(words.sum())}
     return {"word_perplexity": {"value": value, **described}}
-
-
-def _percentiles(values: Any) -> list[float]:
-    tail = 100 * (1 - _LEVEL) / 2
-    return [float(value) for value in np.percentile(values, [tail, 100 - tail])]
 
 
 def describe(task: str, table: Mapping[str, Mapping[str, Any]], gold: Mapping[str, int]) -> list[str]:
@@ -195,10 +207,16 @@ def describe(task: str, table: Mapping[str, Mapping[str, Any]], gold: Mapping[st
     counts = ", ".join(f"{answer} {count}" for answer, count in gold.items())
     lines = [f"{task} (gold answers: {counts})" if counts else task]
     for metric, found in table.items():
+        if ORDER in metric:
+            continue
         low, high = found["interval"]
         notes = [f"{name} {found[name]:.4g}" for name in ("unparsed", "too_long", "ties", "spread") if found.get(name)]
         if found.get("too_long"):
             notes.append("--truncate left cuts what is too long")
         line = f"  {metric:<28} {found['value']:8.4f}  [{low:.4f}, {high:.4f}]  of {found['count']}"
+        orders = [moved["value"] for name, moved in table.items() if name.startswith(f"{metric}{ORDER}")]
+        if orders:
+            values = [found["value"], *orders]
+            notes.append(f"{len(values)} orders of the options: {min(values):.4f} to {max(values):.4f}")
         lines.append("; ".join([line, ", ".join(notes)] if notes else [line]))
     return lines

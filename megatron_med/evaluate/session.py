@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_med.errors import ConfigError
+from megatron_med.evaluate.analysis import analyse
 from megatron_med.evaluate.catalogue import TEST, TRAIN, Task, find_file, load_task, read_questions
+from megatron_med.evaluate.contamination import TrainingFiles, find_training_files, search
 from megatron_med.evaluate.fewshot import apart_from, draw
 from megatron_med.evaluate.language_model import MegatronMedLM
 from megatron_med.evaluate.questions import Question
 from megatron_med.evaluate.readers import texts_of
+from megatron_med.evaluate.reorder import reordered
+from megatron_med.evaluate.report import write_report
 from megatron_med.evaluate.results import Key, ResultsFolder, Sample, accuracies, describe, key_of, perplexity
 from megatron_med.evaluate.runner import Asking, ask, rolling
-from megatron_med.evaluate.ways import WITHOUT_SHOTS, make_way
+from megatron_med.evaluate.ways import WITHOUT_SHOTS, Way, make_way
 from megatron_med.files import sha256
 from megatron_med.parallel.collectives import on_first_rank
 
@@ -38,6 +42,8 @@ class Options:
     samples: int = 5
     limit: int | None = None
     truncate: str | None = None
+    orders: int = 1
+    contamination: Path | None = None
     seed: int = 0
     batch_size: int = 16
     max_length: int | None = None
@@ -52,7 +58,7 @@ class Options:
         faults = [f"--{name} is missing: it is needed." for name in needed if not vars(self)[name]]
         if self.data is None and any("=" not in task for task in self.tasks):
             faults.append("--data is missing: name the folder with the files, or every file as --tasks TASK=FILE.")
-        for name in ("samples", "limit", "batch_size", "max_length"):
+        for name in ("samples", "limit", "batch_size", "max_length", "orders"):
             value = vars(self)[name]
             if value is not None and value < 1:
                 faults.append(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")
@@ -117,11 +123,14 @@ def evaluate(options: Options) -> None:
     model = MegatronMedLM(**{name: getattr(options, name) for name in names})
     sheet = _Sheet()
     on_first_rank(model.context, lambda: sheet.open(options, model, papers))
+    training = None
+    if options.contamination is not None:
+        training = find_training_files(options.contamination, model.loaded.tokenizer)
     for paper in papers:
         done = on_first_rank(model.context, partial(sheet.begin, paper.task))
         wanted = _ask(model, paper, options, done, sheet)
         sheet.finish(paper, wanted)
-    sheet.close()
+    sheet.close(papers, training)
 
 
 def _ask(model: MegatronMedLM, paper: Paper, options: Options, done: set[Key], sheet: _Sheet) -> set[Key]:
@@ -134,11 +143,19 @@ def _ask(model: MegatronMedLM, paper: Paper, options: Options, done: set[Key], s
     wanted: set[Key] = set()
     for seed in options.seeds if options.shots else [0]:
         shots = draw(paper.training, options.shots, seed) if options.shots else []
-        for name in dict.fromkeys(options.score):
-            way = make_way(name, options.samples)
+        for way in _ways(task, options):
             ask(model, task, paper.questions, way, shots, seed, done, asking, sheet.keep)
-            wanted |= {(question.id, name, seed) for question in paper.questions}
+            wanted |= {(question.id, way.name, seed) for question in paper.questions}
     return wanted
+
+
+def _ways(task: Task, options: Options) -> Iterator[Way]:
+    """Each way, and the same with the options moved; not where the model is not shown an order."""
+    for name in dict.fromkeys(options.score):
+        way = make_way(name, options.samples)
+        yield way
+        if task.answers == "letters" and name != "biomed_llama":
+            yield from (reordered(way, by) for by in range(1, min(options.orders, task.options or options.orders)))
 
 
 class _Sheet:
@@ -175,10 +192,21 @@ class _Sheet:
         self._folder.write(task.name, table, gold)
         print("\n".join(describe(task.name, table, gold)), flush=True)
 
-    def close(self) -> None:
-        """Lets go of the folder."""
-        if self._folder is not None:
-            self._folder.close()
+    def close(self, papers: Sequence[Paper], training: TrainingFiles | None) -> None:
+        """Writes what can be said of all answers, and lets go of the folder."""
+        if self._folder is None:
+            return
+        folder = self._folder
+        if training is not None:
+            questions = {paper.task.name: paper.questions for paper in papers if paper.questions}
+            found = search(training, questions)
+            folder.note("contamination", {task: one.described(training) for task, one in found.items()})
+        for task in folder.known("tasks"):
+            known = folder.known("contamination").get(task)
+            samples = list(folder.read(task).values())
+            folder.note("analysis", {task: analyse(samples, known["found"] if known else None)})
+        folder.close()
+        print(f"report: {write_report(folder.path)}", flush=True)
 
 
 def _identity(options: Options, model: MegatronMedLM, papers: Sequence[Paper]) -> dict[str, Any]:

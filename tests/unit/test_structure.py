@@ -17,6 +17,7 @@ LEVELS = {
     "errors": 0,
     "files": 0,
     "outputs": 1,
+    "page": 1,
     "config": 1,
     "kernels": 2,
     "parallel": 3,
