@@ -113,6 +113,7 @@ def set_up(config: Config, new_rows: range | None = None) -> tuple[TrainModule, 
         micro_batch_size=config.train.micro_batch_size,
         vocab_size=config.model.vocab_size,
         seed=seed,
+        longest=config.model.max_position_embeddings,
     )
     return train_module, loader
 

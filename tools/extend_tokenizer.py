@@ -18,7 +18,8 @@ def main() -> None:
         nargs="+",
         required=True,
         choices=sorted(TOKEN_SETS),
-        help="gap_replay: the 12 of the corpus, [bib_ref] to [/formula]; chatml: <|im_start|> and <|im_end|>",
+        help="gap_replay: the 12 of the corpus, [bib_ref] to [/formula]; chatml: <|im_start|> and <|im_end|>; "
+        "biomedlm_heads: [PAD], [CLS] and [SEP]; biomedlm_summary: [PAD] and <|startoftext|>",
     )
     parser.add_argument("--output", type=Path, required=True, help="folder")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")

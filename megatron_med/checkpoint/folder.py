@@ -45,6 +45,7 @@ class CheckpointState:
         initial_lr: peak learning rate that the run began with (decoupled_adamw divides by it).
         loss_scaler: state of the fp16 loss scale.
         chat: ``template, chat_template, turn_end_id`` of the conversations that it was trained on.
+        head: how the sequences that it scores were made (``data/head_form.py``); None for a language model.
         adapter: settings of LoRA and the base, where the checkpoint holds adapters only (``adapter.py``).
         new_rows: first and last + 1 of the tokens that were added to the base's vocabulary and never trained.
         best: ``step, valid_loss`` of the lowest validation loss of the run so far.
@@ -62,6 +63,7 @@ class CheckpointState:
     initial_lr: float | None = None
     loss_scaler: dict[str, float] | None = None
     chat: dict[str, Any] | None = None
+    head: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
     new_rows: list[int] | None = None
     best: dict[str, Any] | None = None
@@ -79,7 +81,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "optimizer_steps": (int, type(None)),
     "initial_lr": (int, float, type(None)),
     **dict.fromkeys(("model", "moments_since", "settings", "run"), (dict,)),
-    **dict.fromkeys(("tokenizer", "loss_scaler", "chat", "best", "adapter"), (dict, type(None))),
+    **dict.fromkeys(("tokenizer", "loss_scaler", "chat", "best", "adapter", "head"), (dict, type(None))),
     "new_rows": (list, type(None)),
     "frozen": (list,),
 }

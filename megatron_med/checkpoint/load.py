@@ -19,7 +19,7 @@ from megatron_med.checkpoint.quantized import load_quantized
 from megatron_med.checkpoint.storage import Reader, check_shapes, load_entries
 from megatron_med.checkpoint.views import Part, belongs, moment_name, state_shards, state_views, weight_views
 from megatron_med.config import ModelConfig, model_from_dict
-from megatron_med.config.schema import QuantizeConfig
+from megatron_med.config.schema import LANGUAGE_MODEL, QuantizeConfig
 from megatron_med.errors import CheckpointError
 from megatron_med.model.build import NOT_QUANTIZED, build_stage
 from megatron_med.model.lora import add_adapters
@@ -40,6 +40,8 @@ _FREE_FIELDS = {
     "max_position_embeddings",
 }
 """Model fields that may differ between a checkpoint and a run without changing what the weights mean."""
+_HEAD_FIELDS = {"head", "num_labels", "tie_embeddings"}
+"""Model fields that differ where a language model's head is replaced."""
 
 
 def verify_checkpoint(folder: Path, context: ParallelContext) -> None:
@@ -71,6 +73,7 @@ def load_optimizer(
     moments: bool,
     without: Collection[str] = (),
     part: Part = "all",
+    fresh: str | None = None,
 ) -> list[str]:
     """Fills masters and frozen weights, and moments where asked, of any topology; the caller copies the masters into
     the model.
@@ -81,11 +84,14 @@ def load_optimizer(
         moments: whether to load them, too.
         without: parameters whose moments are not there, since they were frozen.
         part: of the model that the folder holds.
+        fresh: what the names of parameters begin with that the folder does not hold; they keep their initial weights.
 
     Returns:
         What the user is to be told.
     """
     shards = state_shards(optimizer, moments, part)
+    if fresh is not None:
+        shards = {name: shard for name, shard in shards.items() if not name.startswith(fresh)}
     in_8_bit: set[str] = set()
     told: list[str] = []
     if moments:
@@ -160,13 +166,19 @@ def refuse_not_finite(folder: Path, parameters: Iterable[tuple[str, Tensor]], co
         )
 
 
+def new_head(state: CheckpointState, model: ModelConfig) -> bool:
+    """Whether a model gets a head that scores sequences on top of a checkpoint of a language model."""
+    return model.head != LANGUAGE_MODEL and state.model.get("head", LANGUAGE_MODEL) == LANGUAGE_MODEL
+
+
 def check_model(state: CheckpointState, model: ModelConfig, folder: Path) -> None:
-    """Refuses a checkpoint of another model, field by field."""
-    mine = asdict(model)
+    """Refuses a checkpoint of another model, field by field; a language model's may get another head."""
+    mine, stored = asdict(model), {"head": LANGUAGE_MODEL, "num_labels": 0} | state.model
+    free = _FREE_FIELDS | (_HEAD_FIELDS if new_head(state, model) else set())
     different = [
-        f"{name} is {state.model.get(name)!r} in the checkpoint and {value!r} in the configuration"
+        f"{name} is {stored.get(name)!r} in the checkpoint and {value!r} in the configuration"
         for name, value in mine.items()
-        if name not in _FREE_FIELDS and state.model.get(name) != value
+        if name not in free and stored.get(name) != value
     ]
     stored_positions = state.model.get("max_position_embeddings")
     if model.family == "gpt2" and stored_positions != model.max_position_embeddings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_med.config.schema import ModelConfig
+from megatron_med.config.schema import LANGUAGE_MODEL, ModelConfig
 
 
 def layer_cost(model: ModelConfig) -> int:
@@ -18,7 +18,7 @@ def layer_cost(model: ModelConfig) -> int:
 
 def head_cost(model: ModelConfig) -> int:
     """Multiply-adds per token of the output head."""
-    return model.padded_vocab_size * model.hidden_size
+    return model.padded_vocab_size * model.hidden_size if model.head == LANGUAGE_MODEL else model.head_weights
 
 
 def split_layers(model: ModelConfig, stages: int) -> list[int]:

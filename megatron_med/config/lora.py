@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-from megatron_med.config.schema import Config, LoRAConfig, ModelConfig
+from megatron_med.config.schema import LANGUAGE_MODEL, Config, LoRAConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,10 @@ def lora_faults(config: Config) -> Iterator[str]:
                 "adapters. Set lora.rank, or leave the section out."
             )
         return
+    if model.head != LANGUAGE_MODEL:
+        yield (
+            f"lora.rank is {lora.rank}, and model.head {model.head}: a head is trained with all weights. Leave one out."
+        )
     yield from _lora_numbers(lora)
     known = {name for target in LORA_TARGETS[model.family] for name in (target.name, target.module)}
     unknown = [name for name in lora.targets or [] if name not in known]

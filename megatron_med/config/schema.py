@@ -10,6 +10,9 @@ from typing import Literal
 
 from megatron_med.config.reader import PATH
 
+LANGUAGE_MODEL, CLASSIFICATION, MULTIPLE_CHOICE = "language_model", "classification", "multiple_choice"
+MOST_CLASSES = 254
+"""Of a head: a byte a token holds them in the data."""
 VOCABULARY_MULTIPLE = 128
 """The vocabulary is padded to a multiple of this, which does not depend on the tensor-parallel size."""
 
@@ -70,8 +73,17 @@ class ModelConfig:
     """Dropout on the outputs of attention and MLP (gpt2)."""
     attention_dropout: float = 0.0
     """Dropout on the attention probabilities (gpt2)."""
+    head: Literal["language_model", "classification", "multiple_choice"] = "language_model"
+    """What stands on the last layer. language_model: logits of the next token. classification: scores of num_labels
+    classes at the last token of a text. multiple_choice: one score at the last token of each option of a question."""
+    num_labels: int = 0
+    """Classes (classification); multiple_choice has 1."""
 
     def __post_init__(self) -> None:
+        if self.head != LANGUAGE_MODEL:
+            self.tie_embeddings = False
+        if self.head == MULTIPLE_CHOICE:
+            self.num_labels = self.num_labels or 1
         self.num_query_groups = self.num_query_groups or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // max(1, self.num_attention_heads)
         self.ffn_hidden_size = self.ffn_hidden_size or 4 * self.hidden_size
@@ -82,6 +94,11 @@ class ModelConfig:
     def padded_vocab_size(self) -> int:
         """vocab_size rounded up to a multiple of VOCABULARY_MULTIPLE."""
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+    @property
+    def head_weights(self) -> int:
+        """Weights of the head's matrix over the true vocabulary, tied or not."""
+        return self.hidden_size * (self.vocab_size if self.head == LANGUAGE_MODEL else self.num_labels)
 
     @property
     def queries_per_group(self) -> int:

@@ -8,7 +8,16 @@ from pathlib import Path
 from megatron_med.config.lora import lora_faults
 from megatron_med.config.quantize import quantize_faults
 from megatron_med.config.ranges import DROPOUTS, counts, numbers
-from megatron_med.config.schema import Config, LRScheduleConfig, ModelConfig, ParallelConfig
+from megatron_med.config.schema import (
+    CLASSIFICATION,
+    LANGUAGE_MODEL,
+    MOST_CLASSES,
+    MULTIPLE_CHOICE,
+    Config,
+    LRScheduleConfig,
+    ModelConfig,
+    ParallelConfig,
+)
 from megatron_med.files import RUN_IDENTITY
 
 
@@ -70,6 +79,12 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"model.hidden_size is {model.hidden_size}, not num_attention_heads x head_dim = "
             f"{model.num_attention_heads} x {model.head_dim}: gpt2 has no other shape. Change one of them."
         )
+    if model.head == CLASSIFICATION and not 2 <= model.num_labels <= MOST_CLASSES:
+        yield f"model.num_labels is {model.num_labels}: a classification has 2 to {MOST_CLASSES}. Set it."
+    if model.head == MULTIPLE_CHOICE and model.num_labels != 1:
+        yield f"model.num_labels is {model.num_labels}: multiple_choice scores options one by one. Leave it out."
+    if model.head == LANGUAGE_MODEL and model.num_labels:
+        yield f"model.num_labels is {model.num_labels}: a language model has none. Set model.head, or leave it out."
     scaling = model.rope_scaling
     if model.family == "gpt2" and scaling is not None:
         yield "model.rope_scaling is set: gpt2 has learned positions. Leave it out."
@@ -198,7 +213,8 @@ def _batch(config: Config, world_size: int) -> Iterator[str]:
                 f"train.micro_batch_size x data-parallel size = {train.micro_batch_size} x {dp} = {multiple}. "
                 f"Use {nearest}."
             )
-    if data.sequence_length > config.model.max_position_embeddings:
+    is_written = config.model.head == LANGUAGE_MODEL  # sequences that are scored lie side by side in a sample
+    if is_written and data.sequence_length > config.model.max_position_embeddings:
         yield (
             f"data.sequence_length is {data.sequence_length}: the model ends at "
             f"model.max_position_embeddings = {config.model.max_position_embeddings}. Raise the latter or "

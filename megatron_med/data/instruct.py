@@ -130,6 +130,8 @@ class ConversationStream:
         cache: folder for the index arrays.
     """
 
+    version = "conversations, version 1"
+
     def __init__(
         self, sets: Sequence[ConversationSet], sources: Sequence[DataSource], data: DataConfig, seed: int, cache: Path
     ) -> None:
@@ -140,6 +142,11 @@ class ConversationStream:
         self._cache = cache
         self._epochs: dict[int, Arrays] = {}
         self._ends: list[int] = []  # samples up to the end of each epoch that was asked for so far
+
+    @property
+    def room(self) -> int:
+        """Tokens of a sample: its last one is a label only."""
+        return self._data.sequence_length + 1
 
     def samples_up_to(self, epochs: int) -> int:
         """Samples of that many epochs."""
@@ -183,7 +190,7 @@ class ConversationStream:
     def _ingredients(self) -> dict[str, object]:
         data = self._data
         return {
-            "kind": "conversations, version 1",
+            "kind": self.version,
             "data": [found.fingerprint for found in self._sets],
             "mixture": [[source.weight, source.repeat] for source in self._sources],
             "options": [data.sequence_length, data.packing, data.truncate, data.loss, data.samples_per_epoch],
@@ -201,7 +208,7 @@ class ConversationStream:
             numbers[own], lengths[own] = found.numbers[places[own]], found.lengths[places[own]]
         if not self._data.packing:
             return {"sets": sets, "numbers": numbers, "starts": np.arange(len(sets) + 1)}
-        items, starts = best_fit(lengths, self._data.sequence_length + 1)
+        items, starts = best_fit(lengths, self.room)
         order = rng.permutation(len(starts) - 1)
         sizes = np.diff(starts)[order]
         shuffled = np.concatenate([items[starts[number] : starts[number + 1]] for number in order])

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_med.data.sample import Sample
+from megatron_med.data.sample import Sample, pieces
 from megatron_med.data.sampler import MicroBatchPlace, micro_batch_places
 from megatron_med.errors import DataError
 from megatron_med.kernels.functional import PackedDocuments
@@ -41,6 +41,7 @@ class BatchLoader:
         context: the grid.
         sequence_length, micro_batch_size, vocab_size: of the run.
         seed: names the dropout masks.
+        longest: tokens of a document at most; 0: a sample may be one.
     """
 
     def __init__(
@@ -52,13 +53,14 @@ class BatchLoader:
         micro_batch_size: int,
         vocab_size: int,
         seed: int,
+        longest: int = 0,
     ) -> None:
         self.dataset = dataset
         self._context = context
-        self._length = sequence_length
         self._micro_batch_size = micro_batch_size
         self._vocab_size = vocab_size
         self._seed = seed
+        self._filler = _filler(sequence_length, longest or sequence_length)
 
     def load(self, consumed: int, batch_size: int, step: int) -> list[MicroBatch]:
         """This rank's part of the global batch of ``batch_size`` samples that begins at sample ``consumed``."""
@@ -70,13 +72,13 @@ class BatchLoader:
         """Samples of one place; where there are fewer than a micro-batch, rows without loss fill it up."""
         samples = [self._read(number) for number in place.samples]
         missing = self._micro_batch_size - len(samples)
-        samples += [_filler(self._length)] * missing
+        samples += [self._filler] * missing
         device = self._context.device
         tokens = torch.from_numpy(np.stack([sample.tokens for sample in samples]).astype(np.int64)).to(device)
         lengths = [length for sample in samples for length in sample.document_lengths]
         return MicroBatch(
             tokens=tokens[:, :-1],
-            labels=tokens[:, 1:],
+            labels=tokens[:, 1:] if samples[0].labels is None else _given_labels(samples).to(device),
             loss_mask=torch.from_numpy(np.stack([sample.loss_mask for sample in samples])).to(device),
             positions=_positions(samples).to(device),
             dropout_key=f"{self._seed}.{step}.{place.index}",
@@ -97,9 +99,16 @@ class BatchLoader:
             )
 
 
-def _filler(length: int) -> Sample:
+def _filler(length: int, longest: int) -> Sample:
     """A row that no loss is taken of."""
-    return Sample(np.zeros(length + 1, dtype=np.int64), np.zeros(length, dtype=np.float32), (length,))
+    documents = tuple(pieces(length, longest))
+    return Sample(np.zeros(length + 1, dtype=np.int64), np.zeros(length, dtype=np.float32), documents)
+
+
+def _given_labels(samples: Sequence[Sample]) -> Tensor:
+    """``[batch, seq]``; rows that fill a micro-batch up have none."""
+    rows = [np.zeros(len(one.loss_mask), np.int64) if one.labels is None else one.labels for one in samples]
+    return torch.from_numpy(np.stack(rows).astype(np.int64))
 
 
 def _positions(samples: Sequence[Sample]) -> Tensor:

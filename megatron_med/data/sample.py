@@ -17,11 +17,18 @@ class Sample:
         loss_mask: ``[seq]`` fp32, 1 where the label counts.
         document_lengths: inputs of each document, in order; they add up to seq. Documents do not see each other, and
             positions restart with each: where attention may cross their borders, they are one.
+        labels: ``[seq]``, where they are not the next tokens.
     """
 
     tokens: npt.NDArray[np.integer]
     loss_mask: npt.NDArray[np.float32]
     document_lengths: tuple[int, ...]
+    labels: npt.NDArray[np.integer] | None = None
+
+
+def pieces(length: int, longest: int) -> list[int]:
+    """Lengths of documents of at most ``longest`` tokens that add up to ``length``."""
+    return [min(longest, length - begin) for begin in range(0, length, longest)]
 
 
 def without_borders(tokens: npt.NDArray[np.integer]) -> Sample:

@@ -12,6 +12,7 @@ from megatron_med.config.schema import DataConfig, DataSource
 from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.indexed import token_paths
 from megatron_med.data.instruct import ConversationSet, ConversationStream, open_conversations
+from megatron_med.data.labelled import LabelledStream, labels_prefix, open_labelled
 from megatron_med.data.loader import SampleStream
 from megatron_med.data.sources import blend, one_pass, open_corpora, read_side_file, roles_prefix
 from megatron_med.errors import ConfigError, DataError
@@ -50,6 +51,10 @@ class Corpora(Protocol):
         """The template of the conversations: ``template, chat_template, turn_end_id``."""
         ...
 
+    def head(self) -> dict[str, Any] | None:
+        """How sequences to score were made, ``kind`` and ``labels`` among it; None for what is written."""
+        ...
+
 
 def open_split(sources: Sequence[DataSource], data: DataConfig, seed: int, vocab_size: int, cache: Path) -> Corpora:
     """Opens and checks every corpus of a split.
@@ -57,6 +62,12 @@ def open_split(sources: Sequence[DataSource], data: DataConfig, seed: int, vocab
     Raises:
         DataError: with the faults of all of them; also where texts and conversations are mixed.
     """
+    labelled = [is_labelled(source.path) for source in sources]
+    if all(labelled) and sources:
+        return _Labelled(sources, data, seed, vocab_size, cache)
+    if any(labelled):
+        others = [source.path for source, is_one in zip(sources, labelled, strict=True) if not is_one]
+        raise DataError(f"{', '.join(others)} has no labels, the other corpora have: one run trains on one kind.")
     conversations = [is_conversations(source.path) for source in sources]
     if all(conversations) and sources:
         return _Conversations(sources, data, seed, vocab_size, cache)
@@ -67,6 +78,11 @@ def open_split(sources: Sequence[DataSource], data: DataConfig, seed: int, vocab
             "conversations of it, or leave it out."
         )
     return _Texts(sources, data, seed, vocab_size, cache)
+
+
+def is_labelled(prefix: str | Path) -> bool:
+    """Whether a corpus was made by ``tools/preprocess_questions.py``."""
+    return token_paths(labels_prefix(prefix))[1].is_file()
 
 
 def is_conversations(prefix: str | Path) -> bool:
@@ -123,6 +139,9 @@ class _Texts(_Split):
     def chat(self) -> None:
         return None
 
+    def head(self) -> None:
+        return None
+
 
 @dataclass
 class _Conversations(_Split):
@@ -131,7 +150,7 @@ class _Conversations(_Split):
         faults: list[str] = []
         for source in self.sources:
             try:
-                found = open_conversations(source.path, self.data, self.cache)
+                found = self.open(source)
                 side = read_side_file(source.path)
                 found.data.check_vocabulary(side["tokenizer"]["vocab_size"] if side else self.vocab_size)
                 self.sets.append(found)
@@ -139,7 +158,15 @@ class _Conversations(_Split):
                 faults += error.faults
         if faults:
             raise DataError(faults)
-        self._epochs = ConversationStream(self.sets, self.sources, self.data, self.seed, self.cache)
+        self._epochs = self.epochs()
+
+    def open(self, source: DataSource) -> ConversationSet:
+        """Opens one corpus."""
+        return open_conversations(source.path, self.data, self.cache)
+
+    def epochs(self) -> ConversationStream:
+        """The samples of all of them."""
+        return ConversationStream(self.sets, self.sources, self.data, self.seed, self.cache)
 
     def stream(self, samples: int) -> SampleStream:
         return _Limited(self._epochs, samples)
@@ -178,6 +205,42 @@ class _Conversations(_Split):
                 )
             found = chat
         return found
+
+    def head(self) -> dict[str, Any] | None:
+        return None
+
+
+class _Labelled(_Conversations):
+    def open(self, source: DataSource) -> ConversationSet:
+        return open_labelled(source.path, self.data, self.cache)
+
+    def epochs(self) -> ConversationStream:
+        head = self.head()
+        kind, longest = head["kind"], head["max_length"]
+        return LabelledStream(self.sets, self.sources, self.data, self.seed, self.cache, kind, longest)
+
+    def identity(self) -> dict[str, Any]:
+        told = super().identity()
+        return {"train": told["train"], "labelled": {"packing": self.data.packing, "truncate": self.data.truncate}}
+
+    def chat(self) -> None:
+        return None
+
+    def head(self) -> dict[str, Any]:
+        heads = []
+        for source in self.sources:
+            side = read_side_file(source.path)
+            if side is None or not isinstance(side.get("head"), dict):
+                raise DataError(f"{source.path}.json does not tell the head: run preprocess_questions.py again.")
+            heads.append(side["head"])
+        for source, head in zip(self.sources, heads, strict=True):
+            different = [name for name in head if head[name] != heads[0].get(name)]
+            if different:
+                raise DataError(
+                    f"{source.path} was made with {different[0]} {head[different[0]]!r}, {self.sources[0].path} with "
+                    f"{heads[0].get(different[0])!r}: one head reads one kind. Make all alike."
+                )
+        return heads[0]
 
 
 @dataclass

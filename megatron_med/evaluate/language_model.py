@@ -22,11 +22,14 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megatron_med.checkpoint.huggingface.tokenizer import write_tokenizer
+from megatron_med.data.head_form import HeadForm
 from megatron_med.errors import ConfigError
+from megatron_med.evaluate.heads import HeadEncoder
 from megatron_med.inference.engine import Engine
 from megatron_med.inference.grid import join_grid
+from megatron_med.inference.heads import head_scores
 from megatron_med.inference.load import Loaded, Settings, load_model
-from megatron_med.inference.request import Request, Stopping, row_seed
+from megatron_med.inference.request import Request, Stopping, no_language_model, row_seed
 from megatron_med.inference.sampling import GREEDY, Sampling
 from megatron_med.inference.scoring import Score, log_likelihoods
 from megatron_med.model.build import DTYPES
@@ -159,8 +162,28 @@ class MegatronMedLM(TemplateLM):
             return prompt
         return self.apply_chat_template([{"role": "user", "content": prompt}])
 
+    def head_encoder(self) -> tuple[HeadEncoder, HeadForm]:
+        """Makes the sequences that the model's head scores.
+
+        Raises:
+            ConfigError: it is a language model.
+        """
+        form, tokenizer = self.loaded.head, self.loaded.tokenizer
+        if form is None or tokenizer is None:
+            raise ConfigError(
+                f"{self.loaded.source} is a language model, without a head that scores: leave --score head out."
+            )
+        return HeadEncoder(form, tokenizer), form
+
+    def head_scores(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """What the model's head gives at the end of each sequence."""
+        with tqdm(total=len(sequences), desc="Running the head", disable=not self.context.world.is_first) as bar:
+            return head_scores(self.model, sequences, lambda count: _advance(bar, count * self.context.batch.size))
+
     def scores(self, pairs: Sequence[Pair], disable_tqdm: bool = False, desc: str = "log-likelihoods") -> list[Score]:
         """Scores of contexts and continuations, cut on the left to what the model can read."""
+        if self.loaded.head is not None:
+            raise no_language_model(self.loaded.head.kind)
         cut = [self._fitting(context, continuation) for context, continuation in pairs]
         hidden = disable_tqdm or not self.context.world.is_first
         with tqdm(total=len(cut), desc=f"Running {desc}", disable=hidden) as bar:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_med.config.schema import MULTIPLE_CHOICE
 from megatron_med.evaluate.catalogue import Task
 from megatron_med.evaluate.language_model import Asked, MegatronMedLM
 from megatron_med.evaluate.questions import Question
 from megatron_med.evaluate.results import Key, Sample
-from megatron_med.evaluate.ways import LikelihoodWay, Reading, Way, Writing, WrittenWay
+from megatron_med.evaluate.ways import HeadWay, LikelihoodWay, Reading, Way, Writing, WrittenWay
 from megatron_med.inference.scoring import Score
 from megatron_med.parallel.random import seed_of
 
@@ -63,6 +65,8 @@ def ask(
         block = left[start : start + _BLOCK]
         if isinstance(way, LikelihoodWay):
             samples = _by_likelihood(model, task, block, way, shots, asking)
+        elif isinstance(way, HeadWay):
+            samples = _by_head(model, block, way)
         else:
             assert isinstance(way, WrittenWay), "a way compares or writes"
             samples = _by_writing(model, task, block, way, shots, asking)
@@ -94,6 +98,33 @@ def _by_likelihood(
         reading = way.read(question, ends, values, [len(end) for _, end in some])
         samples.append({"prompt": prompt, "loglikelihoods": values, **_told(question, reading)})
     return samples
+
+
+def _by_head(model: MegatronMedLM, block: Sequence[Question], way: HeadWay) -> list[Sample]:
+    """Log-probabilities of the options, in the order of the letters."""
+    encoder, form = model.head_encoder()
+    sequences = [encoder.sequences(question) for question in block]
+    scores = iter(model.head_scores([ids for some in sequences for ids in some]))
+    samples = []
+    for question, some in zip(block, sequences, strict=True):
+        found = [next(scores) for _ in some]
+        if form.kind == MULTIPLE_CHOICE:
+            values = [score for (score,) in found]
+        else:
+            classes = [form.class_of(text, f"question {question.id}") for text in question.texts]
+            values = [found[0][place] for place in classes]
+        logarithms = log_softmax(values)
+        best = question.letters[max(range(len(values)), key=lambda place: values[place])]
+        prompt = model.tokenizer.decode(some[0])
+        samples.append({"prompt": prompt, "loglikelihoods": logarithms, **_told(question, Reading({way.name: best}))})
+    return samples
+
+
+def log_softmax(values: Sequence[float]) -> list[float]:
+    """Logarithms of probabilities whose logits are given."""
+    highest = max(values)
+    total = highest + math.log(sum(math.exp(value - highest) for value in values))
+    return [value - total for value in values]
 
 
 def _by_writing(

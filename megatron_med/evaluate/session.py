@@ -21,7 +21,7 @@ from megatron_med.evaluate.reorder import reordered
 from megatron_med.evaluate.report import write_report
 from megatron_med.evaluate.results import Key, ResultsFolder, Sample, accuracies, describe, key_of, perplexity
 from megatron_med.evaluate.runner import Asking, ask, rolling
-from megatron_med.evaluate.ways import WITHOUT_SHOTS, Way, make_way
+from megatron_med.evaluate.ways import WITHOUT_ORDER, WITHOUT_SHOTS, Way, make_way
 from megatron_med.files import sha256
 from megatron_med.parallel.collectives import on_first_rank
 
@@ -154,7 +154,7 @@ def _ways(task: Task, options: Options) -> Iterator[Way]:
     for name in dict.fromkeys(options.score):
         way = make_way(name, options.samples)
         yield way
-        if task.answers == "letters" and name != "biomed_llama":
+        if task.answers == "letters" and name not in WITHOUT_ORDER:
             yield from (reordered(way, by) for by in range(1, min(options.orders, task.options or options.orders)))
 
 

@@ -86,6 +86,12 @@ class LikelihoodWay(Way):
         return Reading({self.name: _best(question, scores)})
 
 
+class HeadWay(Way):
+    """The best score of the model's own head, for models that have one."""
+
+    name = "head"
+
+
 class WrittenWay(Way):
     """The answer is read in what the model writes."""
 
@@ -228,15 +234,17 @@ class WrittenText(WrittenWay):
         return Reading({self.name: exact_text(outputs[0], question)})
 
 
-WITHOUT_SHOTS = ("cot", "self_consistency", "medalpaca", "text")
+WITHOUT_SHOTS = ("cot", "self_consistency", "medalpaca", "text", "head")
 """Ways that no published system asks behind examples."""
-NAMES = ("letter", "option", "biomed_llama", "top_token", "cot", "self_consistency", "medalpaca", "text")
+WITHOUT_ORDER = ("biomed_llama", "head")
+"""Ways that show the model one option at a time."""
+NAMES = ("letter", "option", "biomed_llama", "top_token", "cot", "self_consistency", "medalpaca", "text", "head")
 
 
 def make_way(name: str, samples: int) -> Way:
     """A way by its name; ``samples`` are the chains of self-consistency."""
     made = (Letter(), Option(), BioMedLlama(), TopToken(), ChainOfThought(), SelfConsistency(samples), MedAlpaca())
-    return next(way for way in (*made, WrittenText()) if way.name == name)
+    return next(way for way in (*made, WrittenText(), HeadWay()) if way.name == name)
 
 
 def _harness_prompt(task: Task, question: Question, shots: Sequence[Question], answers: Any) -> str:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 
+from megatron_med.config.schema import LANGUAGE_MODEL
 from megatron_med.inference.beam import BeamGroup
 from megatron_med.inference.model import InferenceModel
-from megatron_med.inference.request import NEVER, Answer, Group, Request, Stopping
+from megatron_med.inference.request import NEVER, Answer, Group, Request, Stopping, no_language_model
 from megatron_med.inference.rows import RowGroup
 from megatron_med.inference.sampling import GREEDY, Sampling
 from megatron_med.parallel.collectives import Pending
@@ -26,11 +27,16 @@ class Engine:
         sampling: how tokens are chosen.
         stopping: what ends an answer.
         slots: rows that are written at the same time, beams included.
+
+    Raises:
+        ConfigError: the model scores texts and writes none.
     """
 
     def __init__(
         self, model: InferenceModel, sampling: Sampling = GREEDY, stopping: Stopping = NEVER, slots: int = 16
     ) -> None:
+        if model.config.head != LANGUAGE_MODEL:
+            raise no_language_model(model.config.head)
         self._model = model
         self._sampling = sampling
         self._stopping = stopping

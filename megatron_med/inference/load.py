@@ -19,6 +19,7 @@ from megatron_med.config import ModelConfig, ParallelConfig, model_from_dict
 from megatron_med.config.quantize import nf4_faults, quantize_named
 from megatron_med.config.schema import QuantizeConfig
 from megatron_med.config.validate import cut_faults
+from megatron_med.data.head_form import HeadForm
 from megatron_med.errors import CheckpointError, ConfigError
 from megatron_med.files import sha256_of_all
 from megatron_med.inference.model import InferenceModel
@@ -63,6 +64,7 @@ class Loaded:
         model: this rank's part.
         tokenizer: None where there is none.
         chat: template of the conversations that the model was trained on; None where it was not.
+        head: what the model scores, and how that is made; None for a language model.
         end_ids: tokens that end an answer.
     """
 
@@ -71,6 +73,7 @@ class Loaded:
     tokenizer: Tokenizer | None
     chat: ChatTemplate | None
     end_ids: frozenset[int]
+    head: HeadForm | None = None
 
     def stopping(self, strings: Sequence[str] = ()) -> Stopping:
         """What ends an answer of this model.
@@ -155,7 +158,8 @@ def load_model(checkpoint: str | Path, context: ParallelContext, settings: Setti
     tokenizer = load_tokenizer(stored) if stored.is_dir() else None
     chat = ChatTemplate(state.chat["template"], state.chat["chat_template"]) if state.chat is not None else None
     model = _read_only(stage, context, settings)
-    return Loaded(step, model, tokenizer, chat, _end_ids(tokenizer, state))
+    head = HeadForm.of(state.head) if state.head is not None else None
+    return Loaded(step, model, tokenizer, chat, _end_ids(tokenizer, state), head)
 
 
 def _from_huggingface(folder: Path, context: ParallelContext, settings: Settings) -> Loaded:

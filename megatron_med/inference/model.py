@@ -106,6 +106,15 @@ class InferenceModel:
         out = self._forward(batch, attention, lambda logits, hidden: logits(hidden).squeeze(1))
         return None if out is None else self.whole_logits(out)
 
+    def scores_at_ends(self, sequences: Sequence[Sequence[int]]) -> Tensor | None:
+        """fp32 scores of a head that scores, ``[sequences, labels]``, at the last token of each."""
+        assert not self.context.sequence_parallel, "scores are read from models that are not in training"
+        lengths = [len(sequence) for sequence in sequences]
+        batch = self._batch(sequences, [range(length) for length in lengths])
+        attention = TreeAttention([Tree(sequence, []) for sequence in sequences], self.context.device)
+        ends = torch.tensor([end - 1 for end in accumulate(lengths)], device=self.context.device)
+        return self._forward(batch, attention, lambda logits, hidden: logits(hidden[ends]).squeeze(1).float())
+
     def whole_logits(self, logits: Tensor) -> Tensor:
         """``[rows, padded_vocab/tp] -> [rows, vocabulary]`` in fp32."""
         gathered = gather_last_dim(logits, self.context.tp)[:, : self.config.vocab_size]

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from megatron_med.errors import CheckpointError
+from megatron_med.errors import CheckpointError, ConfigError
 from megatron_med.inference.text import TextStream
 from megatron_med.parallel.collectives import Pending
 from megatron_med.parallel.random import seed_of
@@ -100,6 +100,13 @@ def longest_of(requests: Sequence[Request]) -> int:
 def row_seed(seed: int, index: int) -> int:
     """Seed of the answer to the prompt with this index."""
     return seed_of("generate", seed, index)
+
+
+def no_language_model(head: str) -> ConfigError:
+    """The error for a model that is to write, and scores."""
+    return ConfigError(
+        f"The model has a head of the kind {head}: it scores texts and writes none (tools/evaluate.py --score head)."
+    )
 
 
 def not_finite() -> CheckpointError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron_med.config import ModelConfig
 from megatron_med.config.layers import layer_cost
 from megatron_med.config.lora import trained_by_lora
-from megatron_med.config.schema import LoRAConfig
+from megatron_med.config.schema import MULTIPLE_CHOICE, LoRAConfig
 
 PEAK_FLOPS = {
     "A100": 312e12,
@@ -20,7 +20,8 @@ def parameter_count(config: ModelConfig) -> int:
     """Parameters of the whole model over the true, unpadded vocabulary; tied embeddings count once."""
     hidden = config.hidden_size
     layer = layer_cost(config)
-    embeddings = config.vocab_size * hidden * (1 if config.tie_embeddings else 2)
+    embeddings = config.vocab_size * hidden + (0 if config.tie_embeddings else config.head_weights)
+    embeddings += config.num_labels if config.head == MULTIPLE_CHOICE else 0  # its bias
     if config.family == "llama":
         return embeddings + config.num_layers * (layer + 2 * hidden) + hidden
     qkv_biases = (config.num_attention_heads + 2 * config.num_query_groups) * config.head_dim
@@ -35,7 +36,7 @@ def training_flops_per_token(config: ModelConfig, sequence_length: int, lora: Lo
     heads x head_dim x keys for the two products of attention, a token seeing half of the sequence on average (Narayanan
     et al. 2021, causal).
     """
-    matrices = config.num_layers * layer_cost(config) + config.vocab_size * config.hidden_size
+    matrices = config.num_layers * layer_cost(config) + config.head_weights
     attention = config.num_layers * config.num_attention_heads * config.head_dim * sequence_length / 2
     return _per_weight(lora) * matrices + 12.0 * attention + _adapter_flops(config, lora)
 
@@ -59,7 +60,7 @@ def hardware_flops_per_token(
         lora: adapters beside frozen weights.
     """
     products, attention = 2.0 * layer_cost(config), 4.0 * config.num_attention_heads * config.head_dim * sequence_length
-    head = 2.0 * config.vocab_size * config.hidden_size
+    head = 2.0 * config.head_weights
     passes = _per_weight(lora) / 2
     layers = (passes * config.num_layers + recomputed_layers) * products
     return (

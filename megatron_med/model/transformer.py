@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from megatron_med.config import ModelConfig
 from megatron_med.config.layers import Chunk
+from megatron_med.config.schema import LANGUAGE_MODEL
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.cache import AttentionCache
 from megatron_med.model.quantize import FinishLayer, keep_dense
 from megatron_med.model.recompute import KEEP_ALL, Recompute, recomputed
+from megatron_med.model.score import ScoreHead
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.parameters import name_parameters
 from megatron_med.parallel.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
@@ -47,6 +49,7 @@ class Transformer(nn.Module, ABC):
     Attributes:
         embedding: on the first chunk, and on the last one where it is tied to the head.
         layers, final_norm, head: the last two on the last chunk.
+        score: in place of the head, where the model scores sequences.
     """
 
     embedding: Embedding
@@ -75,6 +78,9 @@ class Transformer(nn.Module, ABC):
             finish_layer(self.layers[-1], index)
         if chunk.is_last:
             self.final_norm = self.make_norm(dtype)
+        if chunk.is_last and config.head != LANGUAGE_MODEL:
+            self.score = ScoreHead(config, context, dtype)
+        elif chunk.is_last:
             self.head = ColumnParallelLinear(
                 (config.padded_vocab_size, config.hidden_size),
                 context,
@@ -131,7 +137,8 @@ class Transformer(nn.Module, ABC):
             read_out: what the last chunk gives in place of the logits of every token.
 
         Returns:
-            Hidden states; on the last chunk logits, ``[seq, batch, padded_vocab/tp]``, or what ``read_out`` makes.
+            Hidden states; on the last chunk logits, ``[seq, batch, padded_vocab/tp]`` or ``[seq, batch, labels]``, or
+            what ``read_out`` makes.
         """
         if self.chunk.is_first:
             hidden = self.embed(batch)
@@ -147,11 +154,14 @@ class Transformer(nn.Module, ABC):
         return self.logits(hidden) if read_out is None else read_out(self.logits, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Last hidden states ``[seq(/tp), batch, hidden]`` -> ``[seq, batch, padded_vocab/tp]``."""
-        return self.head(self.final_norm(hidden))
+        """Last hidden states ``[seq(/tp), batch, hidden]`` -> ``[seq, batch, padded_vocab/tp]``, or of labels."""
+        hidden = self.final_norm(hidden)
+        return self.head(hidden) if self.config.head == LANGUAGE_MODEL else self.score(hidden)
 
     def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
-        """Sum over the micro-batch of masked token losses, fp32. Divide by the batch's count of tokens."""
+        """Sum over the micro-batch of masked losses, fp32. Divide by the batch's count of what is masked in."""
+        if self.config.head != LANGUAGE_MODEL:
+            return self.score.loss(logits, batch)
         losses = vocab_parallel_cross_entropy(logits, batch.labels.t(), self.config.vocab_size, self.context.tp)
         return (losses * batch.loss_mask.t()).sum()
 

@@ -153,6 +153,24 @@ def copy_to_tensor_parallel(tensor: Tensor, axis: Axis, sequence_parallel: bool)
     return function.apply(tensor, axis)
 
 
+class _GatherScores(Function):
+    """Forward: all-gather the sequence. Backward: this rank's part, since every rank goes on alike with the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, axis: Axis) -> Tensor:
+        ctx.axis = axis
+        return all_gather_first_dim(tensor, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return split_first_dim(gradients[0], ctx.axis), None
+
+
+def gather_sequence(tensor: Tensor, axis: Axis) -> Tensor:
+    """``[seq/tp, ...] -> [seq, ...]`` for what every rank computes alike from here on."""
+    return tensor if axis.size == 1 else _GatherScores.apply(tensor, axis)
+
+
 def gather_last_dim(tensor: Tensor, axis: Axis) -> Tensor:
     """``[..., n]`` on each rank -> ``[..., n * size]``. No gradient: for logits that are looked at."""
     if axis.group is None:

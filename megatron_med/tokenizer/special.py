@@ -1,4 +1,5 @@
-"""The tokens that Meditron adds to Llama-2's vocabulary, in their fixed order (Chen et al. 2023, arXiv 2311.16079)."""
+"""The tokens that Meditron adds to Llama-2's vocabulary (Chen et al. 2023, arXiv 2311.16079), and those that BioMedLM's
+fine-tuning adds to its own (stanford-crfm/BioMedLM), in their fixed order."""
 
 from __future__ import annotations
 
@@ -18,7 +19,18 @@ CORPUS_TOKENS = (
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 """ChatML's message borders, after the corpus tokens: 32,014."""
 
-TOKEN_SETS = {"gap_replay": CORPUS_TOKENS, "chatml": CHAT_TOKENS}
+HEAD_TOKENS = ("[PAD]", "[CLS]", "[SEP]")
+"""BioMedLM's for heads: [SEP] stands behind both parts of an input; 28,896 pieces become 28,899."""
+
+SUMMARY_TOKENS = ("[PAD]", "<|startoftext|>")
+"""BioMedLM's for summaries: the summary begins behind <|startoftext|>."""
+
+TOKEN_SETS = {
+    "gap_replay": CORPUS_TOKENS,
+    "chatml": CHAT_TOKENS,
+    "biomedlm_heads": HEAD_TOKENS,
+    "biomedlm_summary": SUMMARY_TOKENS,
+}
 """Names for the command line."""
 
 

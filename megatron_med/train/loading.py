@@ -8,7 +8,13 @@ from typing import Any
 
 from megatron_med.checkpoint.adapter import MERGE, base_of, check_settings, describe_adapter, rows_of
 from megatron_med.checkpoint.folder import CheckpointState, read_state, resolve_checkpoint
-from megatron_med.checkpoint.load import check_model, check_tokenizer, load_optimizer, verify_checkpoint
+from megatron_med.checkpoint.load import (
+    check_model,
+    check_tokenizer,
+    load_optimizer,
+    new_head,
+    verify_checkpoint,
+)
 from megatron_med.checkpoint.quantized import load_quantized
 from megatron_med.checkpoint.views import Part
 from megatron_med.config import Config
@@ -206,7 +212,7 @@ def load_state(
         loaded.chat = read_state(source.base).chat
         _tell(context, f"loaded {source.base} (base, frozen{_in_few_bits(config)})")
     if source.step is not None:
-        thawed = _load_step(source, source.step, train_module, trained, frozen, config.precision)
+        thawed = _load_step(source, source.step, train_module, trained, frozen, config)
         loaded = _go_on(source, source.step, train_module, trained, thawed)
     train_module.data_parallel.start_param_sync()
     if source.base is not None:
@@ -216,13 +222,23 @@ def load_state(
 
 
 def _load_step(
-    source: Source, step: Path, train_module: TrainModule, trained: set[str], frozen: set[str], precision: str
+    source: Source, step: Path, train_module: TrainModule, trained: set[str], frozen: set[str], config: Config
 ) -> list[str]:
     """Weights or adapters of a step and, where asked, their moments; returns what begins with fresh ones."""
     context, optimizer, state = train_module.context, train_module.optimizer, read_state(step)
     thawed = sorted(trained.intersection(state.frozen)) if source.everything else []
     part: Part = "all" if source.base is None else "adapters"
-    told = load_optimizer(step, optimizer, context, moments=source.everything, without=thawed, part=part)
+    fresh = None
+    if new_head(state, config.model):
+        fresh = "score."
+        if source.everything:
+            raise CheckpointError(
+                f"checkpoint.load_state is all, and {step} has no head of the kind {config.model.head}, so no moments "
+                "of it: set it to weights."
+            )
+    told = load_optimizer(step, optimizer, context, moments=source.everything, without=thawed, part=part, fresh=fresh)
+    if fresh is not None:
+        told = [*told, f"the head ({config.model.head}) is new: its weights are the initial ones"]
     what = {"all": "weights", "adapters": "adapters"}[part]
     for line in [f"loaded {step} ({'all' if source.everything else what})", *told]:
         _tell(context, line)
@@ -231,7 +247,10 @@ def _load_step(
     if source.everything and state.optimizer_steps is not None:
         dropped = sorted(frozen.difference(state.frozen))
         if dropped:
-            _tell(context, f"frozen from here on, stored in {precision}, their moments dropped: {_in_words(dropped)}")
+            _tell(
+                context,
+                f"frozen from here on, stored in {config.precision}, their moments dropped: {_in_words(dropped)}",
+            )
     return thawed
 
 

@@ -15,7 +15,9 @@ from torch import nn
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.config import Config, dump_config
 from megatron_med.config.lora import targets_of
+from megatron_med.config.schema import LANGUAGE_MODEL
 from megatron_med.data.cache import cache_folder
+from megatron_med.data.head_form import check_head
 from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import find_tokenizer
 from megatron_med.data.streams import Corpora, open_split
@@ -52,6 +54,7 @@ class Run:
 
     Attributes:
         chat: template of the conversations that the model is trained on, or was.
+        head: how the sequences that the model scores were made; None for a language model.
         adapter: what the run's checkpoints say of its adapters, where it trains such.
         new_rows: tokens that were added to the base's vocabulary and are not trained.
         frozen: names of all parameters that are not trained.
@@ -68,6 +71,7 @@ class Run:
     tokenizer: Tokenizer | None
     progress: Progress
     chat: dict[str, Any] | None
+    head: dict[str, Any] | None
     adapter: dict[str, Any] | None
     new_rows: list[int] | None
     frozen: list[str]
@@ -91,6 +95,7 @@ class Run:
             initial_lr=self.train_module.optimizer.initial_lr,
             loss_scaler=scaler.state_dict() if scaler is not None else None,
             chat=self.chat,
+            head=self.head,
             adapter=self.adapter,
             new_rows=self.new_rows,
             best=self.best,
@@ -115,6 +120,7 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     cache = cache_folder(data.cache_dir)
     tokenizer = find_tokenizer([*data.train, *data.valid], data.tokenizer, model.vocab_size)
     corpora = open_split(data.train, data, train.seed, model.vocab_size, cache)
+    check_head(config.model, corpora.head())
     given, config = config, with_steps(config, corpora)
     identity = _identity(config, corpora)
     on_first_rank(context, lambda: folder.check_identity(identity))
@@ -151,6 +157,7 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
         tokenizer=tokenizer,
         progress=progress,
         chat=chat,
+        head=corpora.head(),
         adapter=loaded.adapter,
         new_rows=None if "embedding.word.weight" in trained else loaded.new_rows,
         best=loaded.best,
@@ -276,6 +283,7 @@ def make_loader(config: Config, context: ParallelContext, dataset: Any) -> Batch
         micro_batch_size=config.train.micro_batch_size,
         vocab_size=config.model.vocab_size,
         seed=config.train.seed,
+        longest=config.model.max_position_embeddings,
     )
 
 
@@ -285,6 +293,7 @@ def _validation_data(config: Config, context: ParallelContext, cache: Path) -> B
         return None
     sources, data = config.data.valid, replace(config.data, samples_per_epoch=None)
     corpora = open_split(sources, data, config.train.seed, config.model.vocab_size, cache)
+    check_head(config.model, corpora.head())
     for line in corpora.told() if context.world.is_first else ():
         print(line, flush=True)
     samples = max(1, min(config.train.valid_samples, corpora.one_pass()))
@@ -295,6 +304,9 @@ def _identity(config: Config, corpora: Corpora) -> dict[str, Any]:
     """What must stay the same for as long as a RUN lives: the model, the data and their order."""
     model = asdict(config.model)
     model.pop("preset")
+    if config.model.head == LANGUAGE_MODEL:  # so that runs from before there were others go on
+        model.pop("head")
+        model.pop("num_labels")
     return {
         "model": model,
         "data": {"sequence_length": config.data.sequence_length, **corpora.identity()},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -98,9 +98,18 @@ def _from_known(config: dict[str, Any]) -> ModelConfig:
     raise CheckpointError(f"config.json: model_type is {family}: only llama and gpt2 can be imported.")
 
 
-def to_huggingface(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None) -> dict[str, Any]:
-    """``config.json`` for an exported model, read by transformers 4 and 5."""
+def to_huggingface(
+    model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None, labels: Sequence[str] = ()
+) -> dict[str, Any]:
+    """``config.json`` for an exported model, read by transformers 4 and 5; ``labels`` of a classification."""
+    scores = {
+        "id2label": {str(number): label for number, label in enumerate(labels)},
+        "label2id": {label: number for number, label in enumerate(labels)},
+        "pad_token_id": eos_id,  # ends no text that is classified
+        "problem_type": "single_label_classification",
+    }
     common = {
+        **(scores if labels else {}),
         "vocab_size": model.vocab_size,
         "tie_word_embeddings": bool(model.tie_embeddings),
         "bos_token_id": bos_id,
@@ -111,7 +120,7 @@ def to_huggingface(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: i
     }
     if model.family == "gpt2":
         return {
-            "architectures": ["GPT2LMHeadModel"],
+            "architectures": ["GPT2ForSequenceClassification" if labels else "GPT2LMHeadModel"],
             "model_type": "gpt2",
             "n_layer": model.num_layers,
             "n_embd": model.hidden_size,
@@ -126,7 +135,7 @@ def to_huggingface(model: ModelConfig, dtype: str, bos_id: int | None, eos_id: i
             **common,
         }
     return {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": ["LlamaForSequenceClassification" if labels else "LlamaForCausalLM"],
         "model_type": "llama",
         "num_hidden_layers": model.num_layers,
         "hidden_size": model.hidden_size,

@@ -24,6 +24,7 @@ from megatron_med.checkpoint.huggingface.verify import verify_logits
 from megatron_med.checkpoint.load import verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
 from megatron_med.config import ModelConfig, model_from_dict
+from megatron_med.config.schema import MULTIPLE_CHOICE
 from megatron_med.errors import CheckpointError
 from megatron_med.files import write_json
 from megatron_med.model.build import DTYPES
@@ -111,6 +112,11 @@ def export_huggingface(
             f"model merge them first: {MERGE.format(adapter=step)}"
         )
     config = model_from_dict(state.model)
+    if config.head == MULTIPLE_CHOICE:
+        raise CheckpointError(
+            f"{step} has a head that scores the options of a question, with a bias: no class of transformers holds it "
+            "(...ForSequenceClassification has none). Use it here: tools/evaluate.py --score head."
+        )
     torch_dtype = DTYPES[dtype or state.run.get("precision", "fp32")]
     stored_tokenizer = step / folders.TOKENIZER
     loaded = load_tokenizer(stored_tokenizer) if stored_tokenizer.is_dir() else None
@@ -121,9 +127,10 @@ def export_huggingface(
         maps = list(tensor_maps(config))
         shapes = {name: shape for m in maps for name, shape in m.hf_shapes(config.vocab_size).items()}
         write_tensors(partial, shapes, torch_dtype, _one_ahead(_exported(step, maps, torch_dtype)))
+        labels = state.head["labels"] if state.head else ()
         bos = loaded.bos_id if loaded else None
         eos = loaded.eod_id if loaded else None
-        write_json(partial / "config.json", to_huggingface(config, _HF_DTYPES[torch_dtype], bos, eos))
+        write_json(partial / "config.json", to_huggingface(config, _HF_DTYPES[torch_dtype], bos, eos, labels))
         write_json(partial / "generation_config.json", generation_config(loaded, state.chat))
         if loaded is not None:
             write_tokenizer(partial, loaded, config.max_position_embeddings, state.chat)

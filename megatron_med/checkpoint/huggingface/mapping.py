@@ -70,6 +70,7 @@ TABLES: dict[str, tuple[Entry, ...]] = {
         Entry("layers.{i}.mlp.down.weight", (_LLAMA_LAYER + "mlp.down_proj.weight",)),
         Entry("final_norm.weight", ("model.norm.weight",)),
         Entry("head.weight", ("lm_head.weight",), vocabulary=True),
+        Entry("score.weight", ("score.weight",)),
     ),
     "gpt2": (
         Entry("embedding.word.weight", ("transformer.wte.weight",), vocabulary=True),
@@ -94,6 +95,7 @@ TABLES: dict[str, tuple[Entry, ...]] = {
         Entry("final_norm.weight", ("transformer.ln_f.weight",)),
         Entry("final_norm.bias", ("transformer.ln_f.bias",)),
         Entry("head.weight", ("lm_head.weight",), vocabulary=True),
+        Entry("score.weight", ("score.weight",)),
     ),
 }
 

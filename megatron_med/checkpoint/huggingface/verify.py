@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_med.checkpoint.load import load_stage
 from megatron_med.config import ModelConfig
+from megatron_med.config.schema import CLASSIFICATION, LANGUAGE_MODEL
 from megatron_med.errors import CheckpointError
 from megatron_med.model.batch import plain_batch
 from megatron_med.model.transformer import Transformer
@@ -50,17 +51,21 @@ def verify_logits(
         CheckpointError: the logits differ, or transformers is not installed.
     """
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
         from transformers.utils import logging as transformers_logging
     except ImportError as error:
         raise CheckpointError("--verify needs transformers: pip install 'megatron_med[verify]'.") from error
     transformers_logging.disable_progress_bar()
     ids = sample_ids(config, tokenizer)
-    hf_model = AutoModelForCausalLM.from_pretrained(huggingface, dtype=torch.float32).eval()
+    is_classification = config.head == CLASSIFICATION
+    auto = AutoModelForSequenceClassification if is_classification else AutoModelForCausalLM
+    hf_model = auto.from_pretrained(huggingface, dtype=torch.float32).eval()
     with torch.no_grad():
         hf_logits = hf_model(ids).logits.float()
     del hf_model
     logits = checkpoint_logits(checkpoint, ids, rounded)[..., :compared]
+    if is_classification:  # theirs are of the last token only
+        logits = logits[:, -1]
     difference = (logits - hf_logits).abs().max().item()
     limit = TOLERANCE * max(1.0, hf_logits.abs().max().item())
     if not difference <= limit:
@@ -85,7 +90,8 @@ def checkpoint_logits(checkpoint: Path, ids: Tensor, rounded: torch.dtype = torc
 def logits_of(stage: Transformer, ids: Tensor) -> Tensor:
     """fp32 logits ``[batch, seq, vocabulary]`` of a whole model on one process."""
     logits = stage.eval()(None, plain_batch(ids))
-    return logits.transpose(0, 1)[..., : stage.config.vocab_size].float()
+    labels = stage.config.vocab_size if stage.config.head == LANGUAGE_MODEL else stage.config.num_labels
+    return logits.transpose(0, 1)[..., :labels].float()
 
 
 def sample_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> Tensor:
