@@ -71,7 +71,7 @@ def test_a_grid_trains_like_one_process(prefixes: dict[str, Path], kind: str, fa
     assert "score.weight" in found.gradients
     assert ("score.bias" in found.gradients) == (kind == "multiple_choice")
     for name, gradient in found.gradients.items():
-        near = 1e-5 * np.abs(alone.gradients[name]).max() + 1e-8  # what shifts all options alike has no gradient
+        near = 1e-5 * np.abs(alone.gradients[name]).max() + 1e-7  # what shifts all options alike has no gradient
         np.testing.assert_allclose(gradient, alone.gradients[name], atol=near, err_msg=name)
 
 

@@ -63,6 +63,8 @@ def from_huggingface(config: dict[str, Any]) -> ModelConfig:
 
 def _value_faults(model: ModelConfig) -> Iterator[str]:
     for field in fields(model):
+        if field.name == "num_labels":  # no number of the file
+            continue
         value = getattr(model, field.name)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if field.type == "int" and not (is_number and isinstance(value, int) and value >= 1):
