@@ -15,22 +15,24 @@ import yaml
 from megatron_med.errors import ConfigError, DataError
 from megatron_med.evaluate.questions import Question
 from megatron_med.evaluate.readers import READERS, texts_of
+from megatron_med.evaluate.summaries import read_summaries
 
 FOLDER = Path(__file__).parent / "tasks"
 TEST, TRAIN = "test", "train"
 _TEXTS = "texts"
+_SUMMARIES = "summaries"
 
 
 @dataclass(frozen=True)
 class Task:
-    """A question set, or texts whose perplexity is asked for.
+    """A question set, texts whose perplexity is asked for, or texts to sum up.
 
     Attributes:
         name: of the YAML file.
         prompt: Jinja, of the fields of a question.
         description: in front of all shots; Jinja, too.
         answers: what the model chooses among: ``letters`` or ``texts`` of the options.
-        reader: key of ``READERS``; ``texts`` for perplexity.
+        reader: key of ``READERS``; ``texts`` for perplexity, ``summaries`` for texts to sum up.
         options: that every question has; None: they differ.
         instructions: key of Meditron's instruction strings.
         source: where to get the file.
@@ -52,6 +54,10 @@ class Task:
     @property
     def is_perplexity(self) -> bool:
         return self.reader == _TEXTS
+
+    @property
+    def is_summary(self) -> bool:
+        return self.reader == _SUMMARIES
 
     def render(self, template: str, question: Question) -> str:
         """A template filled in."""
@@ -179,6 +185,8 @@ def rows_of(metadata: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
     test = find_file(task, TEST, data)
     if task.is_perplexity:
         return {TEST: [{"id": name, "text": text} for name, text in texts_of(test)]}
+    if task.is_summary:
+        return {TEST: [summary.fields() for summary in read_summaries(test)]}
     rows = {TEST: [question.fields() for question in read_questions(task, TEST, test)]}
     split = task.shots_from
     if split is not None:

@@ -79,8 +79,11 @@ def preprocess_questions(options: QuestionOptions) -> Written:
         TargetExistsError: the output exists.
     """
     task = load_task(options.task)
-    if task.is_perplexity:
-        raise ConfigError(f"{options.task} holds texts without labels: nothing can be learnt of them here.")
+    if task.is_perplexity or task.is_summary:
+        raise ConfigError(
+            f"{options.task} holds texts without labels, which no head learns from. Summaries are tuned as "
+            "conversations: tools/preprocess_instructions.py --template biomedlm_summary."
+        )
     if options.max_length < 1:
         raise ConfigError(f"--max-length is {options.max_length}: it must be at least 1.")
     questions = read_questions(task, options.split, options.input)

@@ -210,7 +210,20 @@ def medxpertqa(path: Path, split: str) -> list[Question]:
     return questions
 
 
+def bioasq(path: Path, split: str) -> list[Question]:
+    """BioASQ's yes/no questions in BLURB's form: identifier, question, passages and answer in columns without names."""
+    options = lettered(["yes", "no"])
+    questions = []
+    for number, record in enumerate(read_records(path, ["id", "question", "context", "label"])):
+        label = record.text("label").strip().lower()
+        letter = next((letter for letter, text in options.items() if text == label), label)
+        asked, context = record.text("question").strip(), record.text("context").strip()
+        questions.append(_question(record, number, asked, options, letter, context=context))
+    return questions
+
+
 READERS: dict[str, Reader] = {
+    "bioasq": bioasq,
     "medqa": medqa,
     "medmcqa": medmcqa,
     "pubmedqa": pubmedqa,

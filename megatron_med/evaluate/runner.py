@@ -12,6 +12,7 @@ from megatron_med.evaluate.catalogue import Task
 from megatron_med.evaluate.language_model import Asked, MegatronMedLM
 from megatron_med.evaluate.questions import Question
 from megatron_med.evaluate.results import Key, Sample
+from megatron_med.evaluate.summaries import SAMPLING, TOKENS, Summary, with_scores
 from megatron_med.evaluate.ways import HeadWay, LikelihoodWay, Reading, Way, Writing, WrittenWay
 from megatron_med.inference.scoring import Score
 from megatron_med.parallel.random import seed_of
@@ -184,6 +185,27 @@ def _told(question: Question, reading: Reading) -> dict[str, Any]:
 
 def _too_long(question: Question, prompt: str, letters: dict[str, None]) -> Sample:
     return {"prompt": prompt, "outputs": [], "too_long": True, **_told(question, Reading(letters))}
+
+
+def summarise(model: MegatronMedLM, texts: Sequence[Summary], done: set[Key], asking: Asking, keep: Keep) -> None:
+    """Writes summaries by BioMedLM's beam search, behind the model's template where it has one."""
+    left = [summary for summary in texts if (summary.id, "summary", 0) not in done]
+    for start in range(0, len(left), _BLOCK):
+        block = left[start : start + _BLOCK]
+        prompts = [model.as_message(summary.source) for summary in block]
+        rooms = [model.max_length - len(model.tok_encode(prompt)) for prompt in prompts]
+        fits = [room > 0 or asking.truncate for room in rooms]
+        asked = [
+            Asked(prompt, min(TOKENS, room) if room > 0 else _CUT_TOKENS, SAMPLING, (), 0)
+            for prompt, room, fit in zip(prompts, rooms, fits, strict=True)
+            if fit
+        ]
+        written = iter(model.write(asked))
+        samples = [
+            {"id": summary.id, "score": "summary", **with_scores(summary, prompt, next(written) if fit else None)}
+            for summary, prompt, fit in zip(block, prompts, fits, strict=True)
+        ]
+        keep(samples)
 
 
 def rolling(model: MegatronMedLM, texts: Sequence[tuple[str, str]], done: set[Key], keep: Keep) -> None:

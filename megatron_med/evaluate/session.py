@@ -20,7 +20,8 @@ from megatron_med.evaluate.readers import texts_of
 from megatron_med.evaluate.reorder import reordered
 from megatron_med.evaluate.report import write_report
 from megatron_med.evaluate.results import Key, ResultsFolder, Sample, accuracies, describe, key_of, perplexity
-from megatron_med.evaluate.runner import Asking, ask, rolling
+from megatron_med.evaluate.runner import Asking, ask, rolling, summarise
+from megatron_med.evaluate.summaries import Summary, read_summaries, rouge_table
 from megatron_med.evaluate.ways import WITHOUT_ORDER, WITHOUT_SHOTS, Way, make_way
 from megatron_med.files import sha256
 from megatron_med.parallel.collectives import on_first_rank
@@ -80,6 +81,7 @@ class Paper:
     Attributes:
         questions: empty for perplexity.
         texts: id and text of each document, for perplexity.
+        summaries: texts to sum up.
         training: what examples are drawn from.
         files: of the test and, where examples are drawn, of the training split.
     """
@@ -89,6 +91,7 @@ class Paper:
     texts: Sequence[tuple[str, str]]
     training: Sequence[Question]
     files: Sequence[Path]
+    summaries: Sequence[Summary] = ()
 
 
 def read_paper(given: str, options: Options) -> Paper:
@@ -102,6 +105,8 @@ def read_paper(given: str, options: Options) -> Paper:
     path = Path(file) if file else find_file(task, TEST, options.data or Path())
     if task.is_perplexity:
         return Paper(task, [], texts_of(path)[: options.limit], [], [path])
+    if task.is_summary:
+        return Paper(task, [], [], [], [path], read_summaries(path)[: options.limit])
     questions = read_questions(task, TEST, path)
     if not options.shots:
         return Paper(task, questions[: options.limit], [], [], [path])
@@ -140,6 +145,9 @@ def _ask(model: MegatronMedLM, paper: Paper, options: Options, done: set[Key], s
         rolling(model, paper.texts, done, sheet.keep)
         return {(name, "perplexity", 0) for name, _ in paper.texts}
     asking = Asking(options.truncate is not None, options.seed)
+    if task.is_summary:
+        summarise(model, paper.summaries, done, asking, sheet.keep)
+        return {(summary.id, "summary", 0) for summary in paper.summaries}
     wanted: set[Key] = set()
     for seed in options.seeds if options.shots else [0]:
         shots = draw(paper.training, options.shots, seed) if options.shots else []
@@ -187,7 +195,8 @@ class _Sheet:
         if self._folder is None:
             return
         task = paper.task
-        table = (perplexity if task.is_perplexity else accuracies)(self._samples.values(), wanted)
+        make = perplexity if task.is_perplexity else rouge_table if task.is_summary else accuracies
+        table = make(self._samples.values(), wanted)
         gold = dict(sorted(Counter(map(task.gold, paper.questions)).items()))
         self._folder.write(task.name, table, gold)
         print("\n".join(describe(task.name, table, gold)), flush=True)

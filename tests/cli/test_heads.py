@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_med.checkpoint.folder import read_state, resolve_checkpoint
 from megatron_med.checkpoint.load import check_model
 from megatron_med.config import model_from_dict
 from megatron_med.files import RUN_IDENTITY
-from tests.cli.processes import python, started_ranks, train, train_on_ranks, write_config
-from tests.heads import with_separator, write_questions, write_texts
+from megatron_med.tokenizer.special import SUMMARY_TOKENS, extend_tokenizer
+from tests.cli.processes import REPOSITORY, python, started_ranks, train, train_on_ranks, write_config
+from tests.heads import FINDINGS, with_separator, write_questions, write_texts
 from tests.small_models import write_small_llama
 
 TIMEOUT = 200
@@ -170,3 +174,89 @@ def test_runs_and_checkpoints_from_before_there_were_heads_fit(sample_data: Path
     for name in ("head", "num_labels"):
         state.model.pop(name)
     check_model(state, model_from_dict(state.model), tmp_path)
+
+
+RECIPES = REPOSITORY / "examples" / "biomedlm" / "finetune"
+HEADS = {"medqa": "train.jsonl", "pubmedqa": "train.json", "bioasq": "train.tsv"}
+
+
+def _toy(folder: Path, recipe: str, base: Path, out: Path) -> Path:
+    """A recipe with a small model, short sequences and few steps; everything else as it is published."""
+    tree = yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())
+    stored = json.loads(next(base.glob("step-*/state.json")).read_text())["model"]
+    kept = {name: tree["model"][name] for name in ("head", "num_labels") if name in tree["model"]}
+    tree["model"] = {
+        name: value for name, value in stored.items() if name not in ("preset", "head", "num_labels")
+    } | kept
+    tree["data"] |= {"sequence_length": 256, "cache_dir": str(out / "cache")}
+    for part in ("train", "valid"):
+        tree["data"][part] = [{"path": str(out / "data")}]
+    del tree["train"]["epochs"]
+    tree["train"] |= {"steps": 4, "global_batch_size": 4, "output_dir": str(out / "run"), "valid_interval": 2}
+    tree["train"]["valid_samples"] = 4
+    tree["precision"] = "fp32"
+    tree["parallel"] = {}
+    tree["checkpoint"] |= {"load": str(base), "interval": 2}
+    (out / "config.yaml").write_text(yaml.safe_dump(tree))
+    return out / "config.yaml"
+
+
+def _prepare(*arguments: object) -> None:
+    command = ["bash", str(RECIPES / "prepare.sh"), *map(str, arguments)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("recipe", HEADS)
+def test_a_recipe_of_a_head_runs(folder: Path, tmp_path: Path, recipe: str) -> None:
+    rows = [f"{n}\tIs it {n}?\t{n} is a {'fever' if n % 2 else 'rash'}.\t{'yes' if n % 2 else 'no'}" for n in range(40)]
+    (folder / "train.tsv").write_text("\n".join(rows) + "\n")
+    _prepare(recipe, folder / HEADS[recipe], tmp_path / "data", folder / "tokenizer", "--max-length", 64)
+    done = train(_toy(folder, recipe, folder / "base", tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "checkpoints" / "best").is_file()
+
+
+def test_summaries_are_tuned_and_scored_by_beams_and_rouge(
+    folder: Path, tmp_path: Path, sample_tokenizer: Path
+) -> None:
+    tokenizer, base, table = tmp_path / "tokenizer", tmp_path / "base", tmp_path / "meqsum.csv"
+    extend_tokenizer(sample_tokenizer, SUMMARY_TOKENS, tokenizer)
+    arguments = ("import", "--from", folder / "hf", "--to", base, "--tokenizer", tokenizer)
+    assert python("tools/convert_checkpoint.py", *arguments).returncode == 0
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["File", "CHQ", "Summary"])
+        for number in range(24):
+            what = FINDINGS[number % len(FINDINGS)]
+            writer.writerow(
+                [number, f"SUBJECT: {what}\nMESSAGE: I have {what}, what helps?", f"How is {what} treated?"]
+            )
+        writer.writerow([24, "fever " * 400, "How is fever treated?"])
+    _prepare("meqsum", table, tmp_path / "data", tokenizer)
+    config = _toy(folder, "meqsum", base, tmp_path)
+    tuned = train(config)
+    assert tuned.returncode == 0, tuned.stderr
+    assert "are cut on the left" in tuned.stdout
+    run, out = tmp_path / "run", tmp_path / "scores"
+    arguments = ("--checkpoint", run, "--tasks", f"meqsum={table}", "--output", out)
+    assert python("tools/evaluate.py", *arguments, "--limit", 4).returncode == 0
+    done = python("tools/evaluate.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    samples = [json.loads(line) for line in (out / "samples_meqsum.jsonl").read_text().splitlines()]
+    assert [sample["id"] for sample in samples] == [str(number) for number in range(25)]
+    assert samples[24]["too_long"]
+    assert samples[24]["outputs"] == []
+    assert samples[0]["prompt"].endswith("what helps?<|startoftext|>")
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    totals = dict.fromkeys(("rouge1", "rouge2", "rougeL"), 0.0)
+    for sample in samples[:24]:
+        for name, found in scorer.score(sample["reference"], sample["outputs"][0]).items():
+            assert sample["rouge"][name] == pytest.approx(found.fmeasure)
+            totals[name] += found.fmeasure / 25
+    content = json.loads((out / "results.json").read_text())["tasks"]["meqsum"]
+    assert {name: content[name]["value"] for name in totals} == pytest.approx(totals)
+    assert (content["rouge1"]["count"], content["rouge1"]["too_long"]) == (25, 1)
+    assert "meqsum" in (out / "report.html").read_text()
