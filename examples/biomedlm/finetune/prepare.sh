@@ -3,6 +3,7 @@
 #   bash examples/biomedlm/finetune/prepare.sh medqa|pubmedqa|bioasq|meqsum RAW PREFIX [TOKENIZER] [OPTION ...]
 # OPTIONs go to the tool: --separator '' leaves [SEP] out, as the published script for classification does.
 set -euo pipefail
+tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/../../../tools
 if [ $# -lt 3 ]; then
   echo "usage: prepare.sh medqa|pubmedqa|bioasq|meqsum RAW PREFIX [TOKENIZER] [OPTION ...]" >&2
   exit 2
@@ -14,7 +15,7 @@ case $task in
   pubmedqa) set -- --task pubmedqa --head classification --labels yes no maybe "$@" ;;
   bioasq) set -- --task bioasq --head classification --labels yes no "$@" ;;
   meqsum)
-    exec python tools/preprocess_instructions.py --input "$raw" --output-prefix "$prefix" --template biomedlm_summary \
+    exec python "$tools"/preprocess_instructions.py --input "$raw" --output-prefix "$prefix" --template biomedlm_summary \
       --tokenizer "${tokenizer:-data/biomedlm/tokenizer-summary}" --columns question=CHQ answer=Summary "$@"
     ;;
   *)
@@ -22,5 +23,5 @@ case $task in
     exit 2
     ;;
 esac
-exec python tools/preprocess_questions.py --input "$raw" --output-prefix "$prefix" \
+exec python "$tools"/preprocess_questions.py --input "$raw" --output-prefix "$prefix" \
   --tokenizer "${tokenizer:-data/biomedlm/tokenizer-heads}" "$@"

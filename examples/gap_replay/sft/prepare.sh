@@ -3,6 +3,7 @@
 #   bash examples/gap_replay/sft/prepare.sh medqa|medmcqa|pubmedqa answer|explained RAW PREFIX [TOKENIZER]
 # The instructions are those of epfLLM/meditron, evaluation/instructions.json; they stand inside the question.
 set -euo pipefail
+tools=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/../../../tools
 if [ $# -lt 4 ]; then
   echo "usage: prepare.sh medqa|medmcqa|pubmedqa answer|explained RAW PREFIX [TOKENIZER]" >&2
   exit 2
@@ -40,5 +41,5 @@ case $set in
     ;;
 esac
 [ "$set" = answer ] || skip=--skip-bad-records # those without an explanation
-exec python tools/preprocess_instructions.py --input "$raw" --output-prefix "$prefix" --tokenizer "$tokenizer" \
+exec python "$tools"/preprocess_instructions.py --input "$raw" --output-prefix "$prefix" --tokenizer "$tokenizer" \
   --template chatml --format "$task" --answers "$answers" --before "$before" --behind "$behind" ${skip:-}
