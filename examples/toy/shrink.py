@@ -1,6 +1,6 @@
 """A recipe at toy size: the model of a toy base or a small shape, few steps, small batches; everything else stays.
 
-    python examples/toy/shrink.py RECIPE.yaml OUT.yaml --name NAME --train PREFIX ... [--base CHECKPOINT] --steps N
+python examples/toy/shrink.py RECIPE.yaml OUT.yaml --name NAME --train PREFIX ... [--base CHECKPOINT] --steps N
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", required=True, help="of the run, below runs/")
     parser.add_argument("--train", nargs="+", required=True, metavar="PREFIX[=REPEAT]", help="token files, in order")
     parser.add_argument("--valid", nargs="+", default=[], metavar="PREFIX", help="default: those of --train")
-    parser.add_argument("--base", help="checkpoint that gives the model and the weights; else a small shape from scratch")
+    parser.add_argument(
+        "--base", help="checkpoint that gives the model and the weights; else a small shape from scratch"
+    )
     parser.add_argument("--vocab-size", type=int, help="without a base")
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--batch", type=int, default=8)
@@ -87,7 +89,9 @@ def _data(tree: dict[str, Any], arguments: argparse.Namespace) -> None:
     recipe = data.get("train", [])
     sources = []
     for number, (prefix, _, repeat) in enumerate(given):
-        mixed = {name: value for name, value in recipe[number].items() if name != "path"} if number < len(recipe) else {}
+        mixed = (
+            {name: value for name, value in recipe[number].items() if name != "path"} if number < len(recipe) else {}
+        )
         sources.append({"path": prefix, **mixed, **({"repeat": float(repeat)} if repeat else {})})
     data |= {"train": sources, "sequence_length": arguments.length, "cache_dir": "cache"}
     data["valid"] = [{"path": prefix} for prefix in arguments.valid or [prefix for prefix, _, _ in given]]

@@ -1,6 +1,6 @@
 """The toy sample as raw records of GAP-Replay's four sources: guidelines, S2ORC papers, abstracts, replay.
 
-    python examples/gap_replay/toy/raw.py SAMPLE.jsonl RAW
+python examples/gap_replay/toy/raw.py SAMPLE.jsonl RAW
 """
 
 from __future__ import annotations
