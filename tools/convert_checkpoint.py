@@ -16,6 +16,9 @@ def main() -> None:
     importing.add_argument("--tokenizer", help="used instead of the folder's own")
     exporting = directions.add_parser("export", help="checkpoint -> Hugging Face folder")
     exporting.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as trained)")
+    exporting.add_argument(
+        "--results", type=Path, nargs="+", default=[], help="folders of evaluate.py whose scores the model card tells"
+    )
     for direction, source in ((importing, "HF_DIR"), (exporting, "RUN or step")):
         direction.add_argument("--from", dest="source", type=Path, required=True, metavar=source)
         direction.add_argument("--to", dest="target", type=Path, required=True)
@@ -27,7 +30,9 @@ def main() -> None:
         step = import_huggingface(arguments.source, arguments.target, tokenizer=arguments.tokenizer, **options)
         print(f"imported {arguments.source} to {step}")
     else:
-        export_huggingface(arguments.source, arguments.target, dtype=arguments.dtype, **options)
+        export_huggingface(
+            arguments.source, arguments.target, dtype=arguments.dtype, results=arguments.results, **options
+        )
         print(f"exported {arguments.source} to {arguments.target}")
 
 

@@ -105,6 +105,9 @@ def _check(arguments: argparse.Namespace) -> None:
     ]
     if (arguments.input is None) != (arguments.output is None):
         faults.append("--input and --output belong together: a file of prompts, and one for their answers.")
+    paths = [path.resolve() for path in (arguments.input, arguments.output) if path is not None]
+    if len(set(paths)) < len(paths):
+        faults.append("--input and --output are one file: the answers would take the place of the prompts.")
     if arguments.beams > 1 and (arguments.interactive or arguments.stop):
         faults.append("--beams writes whole answers that end with an end token: leave out --interactive and --stop.")
     if faults:
@@ -123,6 +126,8 @@ def _generate(arguments: argparse.Namespace, context: ParallelContext) -> None:
         arguments.beams,
         arguments.length_penalty,
     )
+    for text in arguments.stop:
+        _utf8(text)
     settings = Settings(DTYPES[arguments.precision], None, arguments.base, arguments.quantize)
     loaded = load_model(arguments.checkpoint, context, settings)
     engine = Engine(loaded.model, sampling, loaded.stopping(arguments.stop), arguments.batch_size)

@@ -33,8 +33,8 @@ def main() -> None:
     was, now = published["train"], tree["train"]
     length = f"{was['steps']} steps" if "steps" in was else f"{was['epochs']} epochs"
     print(
-        f"{arguments.name}: {'/'.join(Path(arguments.recipe).parts[-2:])} with {now['steps']} steps (there {length}) of "
-        f"{now['global_batch_size']} ({was['global_batch_size']}), lr {tree['optimizer']['lr']:g} "
+        f"{arguments.name}: {'/'.join(Path(arguments.recipe).parts[-2:])} with {now['steps']} steps (there {length}) "
+        f"of {now['global_batch_size']} ({was['global_batch_size']}), lr {tree['optimizer']['lr']:g} "
         f"({published['optimizer']['lr']:g})"
     )
 

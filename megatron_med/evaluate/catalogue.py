@@ -14,7 +14,7 @@ import yaml
 
 from megatron_med.errors import ConfigError, DataError
 from megatron_med.evaluate.questions import Question
-from megatron_med.evaluate.readers import READERS, texts_of
+from megatron_med.evaluate.readers import MMLU_SUBJECTS, READERS, texts_of
 from megatron_med.evaluate.summaries import read_summaries
 
 FOLDER = Path(__file__).parent / "tasks"
@@ -126,17 +126,32 @@ def find_file(task: Task, split: str, data: Path) -> Path:
         raise DataError(f"--data is {data}: there is no such folder. Check the path.")
     found = _matches(task.files.get(split, ()), data)
     if split == TEST:
-        found = [path for path in found if path not in _matches(task.files.get(TRAIN, ()), data)] or found
+        both = set(task.files.get(TEST, ())) & set(task.files.get(TRAIN, ()))  # of files that hold both splits
+        training = set(_matches(task.files.get(TRAIN, ()), data)) - {path for one in both for path in data.rglob(one)}
+        found = [path for path in found if path not in training]
     if not found:
         names = " or ".join(task.files.get(split, ["none"]))
+        option = f"--tasks {task.name}=FILE" if split == TEST else "--shots-from FILE"
         raise DataError(
-            f"{data} holds no {split} file of {task.name} (such as {names}). Get it from {task.source}, or name it: "
-            f"--tasks {task.name}=FILE."
+            f"{data} holds no {split} file of {task.name} (such as {names}). Name it: {option}. Where it comes from: "
+            f"{task.source}."
         )
     if len(found) > 1:
         names = ", ".join(str(path.relative_to(data)) for path in found[:4])
         raise DataError(f"{data} holds several files of {task.name}: {names}. Name one: --tasks {task.name}=FILE.")
     return found[0]
+
+
+def files_beside(task: Task, path: Path) -> list[Path]:
+    """Other files that a reader takes beside the one that is named: answers, official splits, further subjects."""
+    beside = {
+        "usmle": [f"{path.stem}_solutions.json"],
+        "pubmedqa": ["test_ground_truth.json"],
+        "mmlu_medical": [f"{subject}_{TEST}.csv" for subject in MMLU_SUBJECTS] if path.suffix == ".csv" else [],
+        "summaries": [f"{path.stem}.target"] if path.suffix == ".source" else [],
+    }
+    files = (path.with_name(name) for name in beside.get(task.reader, []))
+    return [file for file in files if file.is_file() and file != path]
 
 
 def _matches(patterns: Sequence[str], data: Path) -> list[Path]:
@@ -154,7 +169,13 @@ def read_questions(task: Task, split: str, path: Path) -> list[Question]:
     Raises:
         DataError: there are none, two have the same id, or one has another number of options than the task.
     """
-    questions = READERS[task.reader](path, split)
+    try:
+        questions = READERS[task.reader](path, split)
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+        raise DataError(
+            f"{path} cannot be read as {task.name} ({type(error).__name__}: {error}). Get the whole file, in the "
+            f"form of {task.source}."
+        ) from error
     if not questions:
         raise DataError(
             f"{path} holds no question of {task.name}'s split {split}: the split is empty. Get the whole file."

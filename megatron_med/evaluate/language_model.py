@@ -36,6 +36,7 @@ from megatron_med.model.build import DTYPES
 from megatron_med.parallel.collectives import gather_objects
 from megatron_med.parallel.context import ParallelContext
 
+_PASSED_BY_LM_EVAL = {"device", "max_batch_size", "metadata", "trust_remote_code"}
 _PATIENCE = timedelta(hours=2)
 """A replica may have long answers to write while the others wait."""
 Pair = tuple[list[int], list[int]]
@@ -92,13 +93,19 @@ class MegatronMedLM(TemplateLM):
     ) -> None:
         super().__init__()
         self.context = context or join_grid(int(tensor), int(pipeline), replicas=True, timeout=_PATIENCE)
+        unknown = sorted(others.keys() - _PASSED_BY_LM_EVAL)
+        if unknown:
+            raise ConfigError(f"there is no option {unknown[0]}: check its name in --model_args.")
         if precision not in ("fp32", "bf16"):
             raise ConfigError(f"precision is {precision!r}: it must be fp32 or bf16.")
         self.loaded = load_model(checkpoint, self.context, Settings(DTYPES[precision], None, base, quantize))
         self.model = self.loaded.model
         self.tokenizer = _tokenizer(self.loaded)
         self._slots = int(batch_size) if str(batch_size).isdigit() and int(batch_size) > 1 else 16
-        self._max_length = int(max_length or self.model.config.max_position_embeddings)
+        longest = self.model.config.max_position_embeddings
+        self._max_length = int(max_length or longest)
+        if self._max_length > longest:
+            raise ConfigError(f"max_length is {max_length}: the model has {longest} positions.")
         self._seed = seed
 
     @property
@@ -218,7 +225,7 @@ class MegatronMedLM(TemplateLM):
         return [pair for part in gather_objects(found, replicas) for pair in part]
 
     def _request(self, asked: Asked) -> Request:
-        new = min(asked.max_new_tokens, self.max_length - 1)
+        new = asked.max_new_tokens if asked.max_new_tokens < self.max_length else max(1, self.max_length // 2)
         ids = self.tok_encode(asked.prompt) or [self.prefix_token_id]
         return Request(ids[-(self.max_length - new) :], new, asked.seed)
 

@@ -29,8 +29,8 @@ def first_word(text: str, task: Task, question: Question) -> str | None:
 
 def after_answer_is(text: str, task: Task, question: Question) -> str | None:
     """The answer behind the last "answer is"."""
-    _, found, behind = re.sub(r"\s+", " ", text).rpartition("answer is")
-    words = _NO_WORDS.sub(" ", behind).split() if found else []
+    parts = re.split("answer is", re.sub(r"\s+", " ", text), flags=re.IGNORECASE)
+    words = _NO_WORDS.sub(" ", parts[-1]).split() if len(parts) > 1 else []
     return _answer(words[0], task, question) if words else None
 
 

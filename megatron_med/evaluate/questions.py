@@ -60,6 +60,14 @@ def lettered(texts: Sequence[Any]) -> dict[str, str]:
     return {letter: str(text) for letter, text in zip(ascii_uppercase, texts, strict=False)}
 
 
+def _is_text(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def checked(question: Question, place: str) -> Question:
     """The same question.
 
@@ -67,6 +75,9 @@ def checked(question: Question, place: str) -> Question:
         DataError: it has fewer than two options, letters that do not follow each other, an empty text, or an answer
             that is none of its options.
     """
+    texts = (question.question, question.context, question.answer, *question.options.values())
+    if any(not _is_text(text) for text in texts):
+        raise DataError(f"{place}: a text holds half of a character (a lone surrogate). Correct that record.")
     letters = question.letters
     expected = list(ascii_uppercase[: len(letters)])
     if len(letters) < 2:

@@ -50,7 +50,12 @@ def _medqa(record: Record, number: int) -> Question:
         texts = [record.text(f"ending{place}") for place in range(4)]
         return _question(record, number, record.text("sent1"), lettered(texts), _letter(record, record.number("label")))
     options = _options(record, record.need("options", "choices"))
-    answer = record.fields.get("answer_idx")
+    answer, text = record.fields.get("answer_idx"), record.fields.get("answer")
+    if isinstance(answer, str) and text in options.values() and options.get(answer.strip()) not in (None, text):
+        raise DataError(
+            f"{record.place}: answer_idx is {answer!r}, and answer the text of another option ({str(text)[:40]!r}). "
+            "Correct that record."
+        )
     if not isinstance(answer, str):
         answer = record.need("answer")
         answer = answer[0] if isinstance(answer, list) and answer else answer
@@ -97,9 +102,29 @@ def pubmedqa(path: Path, split: str) -> list[Question]:
     records = read_records(path)
     official = path.with_name("test_ground_truth.json")
     if split == "test" and official.is_file() and official != path:
-        wanted = set(json.loads(official.read_text(encoding="utf-8")))
-        records = [record for record in records if (record.key or str(record.fields.get("pubid"))) in wanted]
+        truth = _json_of(official)
+        records = [record for record in records if _pubmed_id(record) in truth]
+        for record in records:
+            if truth[_pubmed_id(record)] != record.fields.get("final_decision"):
+                raise DataError(
+                    f"{record.place}: final_decision is {record.fields.get('final_decision')!r}, and {official} has "
+                    f"{truth[_pubmed_id(record)]!r}. Get both files again."
+                )
     return [_pubmedqa(record, number) for number, record in enumerate(records)]
+
+
+def _pubmed_id(record: Record) -> str:
+    return record.key or str(record.fields.get("pubid"))
+
+
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}). Get the whole file.") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is no object with an answer for each question. Get the whole file.")
+    return content
 
 
 def _pubmedqa(record: Record, number: int) -> Question:
@@ -159,7 +184,7 @@ def usmle(path: Path, split: str) -> list[Question]:
     solutions_path = path.with_name(f"{path.stem}_solutions.json")
     if not solutions_path.is_file():
         raise DataError(f"{path} needs {solutions_path} beside it, which has the answers. Get both files.")
-    solutions = json.loads(solutions_path.read_text(encoding="utf-8"))
+    solutions = _json_of(solutions_path)
     pictures = set(map(int, WITH_PICTURES.get(path.stem, "").split()))
     questions = []
     for record in read_records(path):
@@ -264,7 +289,13 @@ def _letter(record: Record, number: int) -> str:
 
 def texts_of(path: Path) -> Sequence[tuple[str, str]]:
     """Id and text of every document of a file with the field ``text``; documents without words are left out."""
-    records = ((record, record.text("text", "abstract")) for record in read_records(path))
-    return [
-        (str(record.fields.get("id") or number), text) for number, (record, text) in enumerate(records) if text.split()
-    ]
+    found: dict[str, str] = {}
+    for number, record in enumerate(read_records(path)):
+        text, name = record.text("text", "abstract"), str(record.fields.get("id") or number)
+        if name in found:
+            raise DataError(f"{record.place}: two documents have the id {name}. Make them different.")
+        if text.split():
+            found[name] = text
+    if not found:
+        raise DataError(f"{path} holds no document with words: the split is empty. Get the whole file.")
+    return list(found.items())

@@ -50,7 +50,7 @@ class Record:
     def number(self, *names: str) -> int:
         """The same, as a whole number."""
         value = self.need(*names)
-        if isinstance(value, str) and value.strip().lstrip("-").isdigit():
+        if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool):
             raise DataError(f"{self.place}: the field {names[0]} is {str(value)[:40]!r}, and should be a whole number.")
@@ -92,7 +92,11 @@ def _json(path: Path) -> Iterator[Record]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 (byte {error.start}). Get the whole file.") from error
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError) as error:
+        with path.open("rb") as file:
+            first = file.readline().strip()
+        if not (first.startswith(b"{") and first.endswith(b"}")):  # no JSON Lines either
+            raise DataError(f"{path} is broken JSON ({error}). Get the whole file.") from error
         yield from _lines(path)
         return
     if isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
@@ -106,7 +110,10 @@ def _json(path: Path) -> Iterator[Record]:
 
 
 def _csv(path: Path, header: list[str] | None) -> Iterator[Record]:
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 (byte {error.start}). Get the whole file, or convert it.") from error
     rows = csv.DictReader(io.StringIO(text), header, delimiter="\t" if path.suffix == ".tsv" else ",")
     for number, row in enumerate(rows, 1):
         yield _record(f"{path}, record {number}", "", {name: value for name, value in row.items() if name is not None})
@@ -117,7 +124,11 @@ def _parquet(path: Path) -> Iterator[Record]:
         import pyarrow.parquet
     except ImportError as error:
         raise DataError(f"{path} needs pyarrow: pip install 'megatron_med[evaluate]'.") from error
-    for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is no Parquet file that can be read ({error}). Get the whole file.") from error
+    for number, row in enumerate(rows, 1):
         yield _record(f"{path}, record {number}", "", row)
 
 

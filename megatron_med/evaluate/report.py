@@ -10,11 +10,10 @@ from typing import Any
 
 from megatron_med.evaluate import pictures
 from megatron_med.evaluate.judged import judge
-from megatron_med.evaluate.results import ORDER, RESULTS, Sample, read_samples, samples_file
+from megatron_med.evaluate.results import ORDER, REPORT, RESULTS, Sample, read_samples, samples_file
 from megatron_med.files import naming, write_text
 from megatron_med.page import document, figure, note, section, table
 
-REPORT = "report.html"
 _EXAMPLES = 5
 _SUBJECTS = 40
 

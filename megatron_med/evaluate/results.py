@@ -18,6 +18,7 @@ from megatron_med.evaluate.statistics import RESAMPLES, interval, percentiles
 from megatron_med.files import naming, whole_lines, write_json
 
 RESULTS = "results.json"
+REPORT = "report.html"
 _PARTS = ("tasks", "gold", "contamination", "analysis")
 
 ORDER = "@"
@@ -50,15 +51,15 @@ class ResultsFolder:
             self._lock.acquire()
         except Timeout as error:
             raise TargetExistsError(f"{path} is being written by another process: wait for it to end.") from error
-        if overwrite:
-            for file in [path / RESULTS, *path.glob("samples_*.jsonl")]:
+        if overwrite and (path / RESULTS).is_file():
+            for file in [path / REPORT, *path.glob("samples_*.jsonl"), path / RESULTS]:
                 file.unlink(missing_ok=True)
         self._settings = self._joined(json.loads(json.dumps(identity)))
         self._write()
 
     def _joined(self, wanted: dict[str, Any]) -> dict[str, Any]:
         """The settings, with the files of tasks that were scored before."""
-        if not [file for file in self.path.iterdir() if file.name != ".lock"]:
+        if not [file for file in self.path.iterdir() if file.name not in (".lock", REPORT)]:
             return wanted
         try:
             content = json.loads((self.path / RESULTS).read_text(encoding="utf-8"))
@@ -76,7 +77,7 @@ class ResultsFolder:
                 f"{self.path} holds results with {name} {_short(stored.get(name))}, not {_short(wanted[name])}: name "
                 "another --output, or pass --overwrite."
             )
-        return wanted
+        return stored | wanted
 
     def read(self, task: str) -> dict[Key, Sample]:
         """Samples that stand already; a last line that a kill has cut is taken away."""
@@ -183,6 +184,8 @@ def accuracies(samples: Iterable[Sample], wanted: set[Key]) -> dict[str, dict[st
             "count": len(answers),
             "unparsed": unparsed[metric],
         }
+        if len(by_seed) > 1:
+            table[metric]["answers"] = len(answers) * len(by_seed)
         table[metric] |= {name: count for name, count in others[metric].items() if count}
         if len(by_seed) > 1:
             of_seeds = dict(zip(map(str, by_seed), values, strict=True))
@@ -213,6 +216,8 @@ def describe(task: str, table: Mapping[str, Mapping[str, Any]], gold: Mapping[st
         notes = [f"{name} {found[name]:.4g}" for name in ("unparsed", "too_long", "ties", "spread") if found.get(name)]
         if found.get("too_long"):
             notes.append("--truncate left cuts what is too long")
+        if found.get("answers"):
+            notes = [f"of {found['answers']} answers: {', '.join(notes)}"] if notes else []
         line = f"  {metric:<28} {found['value']:8.4f}  [{low:.4f}, {high:.4f}]  of {found['count']}"
         orders = [moved["value"] for name, moved in table.items() if name.startswith(f"{metric}{ORDER}")]
         if orders:

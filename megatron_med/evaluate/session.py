@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_med.errors import ConfigError
 from megatron_med.evaluate.analysis import analyse
-from megatron_med.evaluate.catalogue import TEST, TRAIN, Task, find_file, load_task, read_questions
+from megatron_med.evaluate.catalogue import TEST, TRAIN, Task, files_beside, find_file, load_task, read_questions
 from megatron_med.evaluate.contamination import TrainingFiles, find_training_files, search
 from megatron_med.evaluate.fewshot import apart_from, draw
 from megatron_med.evaluate.language_model import MegatronMedLM
@@ -63,6 +63,15 @@ class Options:
             value = vars(self)[name]
             if value is not None and value < 1:
                 faults.append(f"--{name.replace('_', '-')} is {value}: it must be at least 1.")
+        names = [task.partition("=")[0] for task in self.tasks]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            faults.append(f"--tasks names {twice} twice: each has one file in a folder of results.")
+        faults += [f"--tasks is {task}: a file is missing behind '='." for task in self.tasks if task.endswith("=")]
+        faults += [f"--seeds holds {seed}: it must be at least 0." for seed in self.seeds if seed < 0]
+        for name in ("tensor", "pipeline"):
+            if vars(self)[name] < 1:
+                faults.append(f"--{name} is {vars(self)[name]}: it must be at least 1.")
         if self.shots < 0:
             faults.append(f"--shots is {self.shots}: it must be at least 0.")
         without = [way for way in self.score if way in WITHOUT_SHOTS]
@@ -82,6 +91,7 @@ class Paper:
         questions: empty for perplexity.
         texts: id and text of each document, for perplexity.
         summaries: texts to sum up.
+        left_out: questions of the training split that are asked, too, and no examples.
         training: what examples are drawn from.
         files: of the test and, where examples are drawn, of the training split.
     """
@@ -92,6 +102,7 @@ class Paper:
     training: Sequence[Question]
     files: Sequence[Path]
     summaries: Sequence[Summary] = ()
+    left_out: int = 0
 
 
 def read_paper(given: str, options: Options) -> Paper:
@@ -106,15 +117,17 @@ def read_paper(given: str, options: Options) -> Paper:
     if task.is_perplexity:
         return Paper(task, [], texts_of(path)[: options.limit], [], [path])
     if task.is_summary:
-        return Paper(task, [], [], [], [path], read_summaries(path)[: options.limit])
+        return Paper(task, [], [], [], [path, *files_beside(task, path)], read_summaries(path)[: options.limit])
     questions = read_questions(task, TEST, path)
     if not options.shots:
-        return Paper(task, questions[: options.limit], [], [], [path])
+        return Paper(task, questions[: options.limit], [], [], [path, *files_beside(task, path)])
     if task.shots_from is None:
         raise ConfigError(f"{name} has no training split to draw examples from: leave out --shots.")
     source = options.shots_from or find_file(task, TRAIN, options.data or path.parent)
-    training = apart_from(read_questions(task, task.shots_from, source), questions, source, options.shots)
-    return Paper(task, questions[: options.limit], [], training, [path, source])
+    whole = read_questions(task, task.shots_from, source)
+    training = apart_from(whole, questions, source, options.shots)
+    files = [path, source, *files_beside(task, path)]
+    return Paper(task, questions[: options.limit], [], training, files, left_out=len(whole) - len(training))
 
 
 def evaluate(options: Options) -> None:
@@ -166,12 +179,26 @@ def _ways(task: Task, options: Options) -> Iterator[Way]:
             yield from (reordered(way, by) for by in range(1, min(options.orders, task.options or options.orders)))
 
 
+def with_other_seeds(samples: Mapping[Key, Sample], wanted: set[Key]) -> set[Key]:
+    """The keys of a run, and those of other seeds of the same ways that stand for all of its questions."""
+    questions: dict[str, set[str]] = {}
+    for name, way, _ in wanted:
+        questions.setdefault(way, set()).add(name)
+    stood: dict[tuple[str, int], set[str]] = {}
+    for name, way, seed in samples:
+        if name in questions.get(way, ()):
+            stood.setdefault((way, seed), set()).add(name)
+    whole = [(way, seed) for (way, seed), names in stood.items() if names == questions[way]]
+    return wanted | {(name, way, seed) for way, seed in whole for name in questions[way]}
+
+
 class _Sheet:
     """The results folder on rank 0; on the others nothing is written."""
 
     def __init__(self) -> None:
         self._folder: ResultsFolder | None = None
         self._task = ""
+        self._wanted: dict[str, set[Key]] = {}
         self._samples: dict[Key, Sample] = {}
 
     def open(self, options: Options, model: MegatronMedLM, papers: Sequence[Paper]) -> None:
@@ -195,11 +222,14 @@ class _Sheet:
         if self._folder is None:
             return
         task = paper.task
+        wanted = self._wanted[task.name] = with_other_seeds(self._samples, wanted)
         make = perplexity if task.is_perplexity else rouge_table if task.is_summary else accuracies
         table = make(self._samples.values(), wanted)
         gold = dict(sorted(Counter(map(task.gold, paper.questions)).items()))
         self._folder.write(task.name, table, gold)
         print("\n".join(describe(task.name, table, gold)), flush=True)
+        if paper.left_out:
+            print(f"  {paper.left_out} questions of the file of examples are asked, too, and were left out there")
 
     def close(self, papers: Sequence[Paper], training: TrainingFiles | None) -> None:
         """Writes what can be said of all answers, and lets go of the folder."""
@@ -210,21 +240,24 @@ class _Sheet:
             questions = {paper.task.name: paper.questions for paper in papers if paper.questions}
             found = search(training, questions)
             folder.note("contamination", {task: one.described(training) for task, one in found.items()})
-        for task in folder.known("tasks"):
+        for task, wanted in self._wanted.items():
             known = folder.known("contamination").get(task)
-            samples = list(folder.read(task).values())
-            folder.note("analysis", {task: analyse(samples, known["found"] if known else None)})
+            samples = [sample for key, sample in folder.read(task).items() if key in wanted]
+            told = analyse(samples, known["found"] if known else None)
+            folder.note("analysis", {task: folder.known("analysis").get(task, {}) | told})
         folder.close()
         print(f"report: {write_report(folder.path)}", flush=True)
 
 
 def _identity(options: Options, model: MegatronMedLM, papers: Sequence[Paper]) -> dict[str, Any]:
     """What a sample depends on."""
-    names = ("precision", "quantize", "truncate", "shots", "samples", "seed")
+    names = ["precision", "quantize", "truncate", "shots", "seed"]
+    names += ["samples"] if "self_consistency" in options.score else []
     return {
         "checkpoint": str(model.loaded.source.resolve()),
         "weights": model.loaded.fingerprint(),
         **{name: getattr(options, name) for name in names},
         "max_length": model.max_length,
+        "base": options.base,
         "files": {paper.task.name: [sha256(file) for file in paper.files] for paper in papers},
     }

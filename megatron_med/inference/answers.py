@@ -47,7 +47,7 @@ def read_prompts(path: Path, loaded: Loaded, add_bos: bool, max_new_tokens: int)
         try:
             record = content_of(line)
             ids = _ids_of(record, loaded, add_bos)
-        except (BadLine, DataError) as error:
+        except (BadLine, DataError, ConfigError) as error:
             raise DataError(f"{line.place}: {error}. Correct that line.") from error
         fault = request_fault(Request(ids, max_new_tokens), loaded.model.config)
         if fault:
@@ -61,6 +61,12 @@ def read_prompts(path: Path, loaded: Loaded, add_bos: bool, max_new_tokens: int)
 def _ids_of(record: Any, loaded: Loaded, add_bos: bool) -> list[int]:
     if not isinstance(record, dict):
         raise BadLine('the line is no object such as {"prompt": "..."}')
+    given = [name for name in ("prompt", "prompt_ids", "messages") if record.get(name) is not None]
+    if len(given) > 1:
+        raise BadLine(f"{given[0]} and {given[1]} are both there: one says what is asked")
+    if record.get("messages") == []:
+        raise BadLine("messages is empty: there is nothing to answer")
+    _refuse_half_characters(json.dumps(record, ensure_ascii=False))
     if isinstance(record.get("prompt"), str):
         return encode_prompt(record["prompt"], loaded, add_bos)
     ids = record.get("prompt_ids")
@@ -70,6 +76,13 @@ def _ids_of(record: Any, loaded: Loaded, add_bos: bool) -> list[int]:
     if isinstance(messages, list) and all(map(_is_message, messages)):
         return loaded.chat_encoder().encode_prompt(messages)
     raise BadLine("none of the fields prompt (text), prompt_ids (numbers), messages (role and content) is there")
+
+
+def _refuse_half_characters(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadLine("a text holds half of a character (a lone surrogate)") from None
 
 
 def _is_message(value: Any) -> bool:
@@ -124,6 +137,10 @@ class AnswerFile:
         except Timeout as error:
             raise TargetExistsError(f"{path} is being written by another process: wait for it to end.") from error
         beside = path.with_name(path.name + SETTINGS)
+        if overwrite and path.exists() and _settings(beside) is None:
+            raise TargetExistsError(
+                f"{path} exists and is no file of answers: --overwrite does not replace it. Name another file."
+            )
         if overwrite:
             path.unlink(missing_ok=True)
             beside.unlink(missing_ok=True)
@@ -153,7 +170,7 @@ class AnswerFile:
         """Answers that stand already; a last line that a kill has cut is taken away."""
         earlier = _settings(beside)
         if earlier is None:
-            raise TargetExistsError(f"{self.path} exists and is no file of answers: name another, or pass --overwrite.")
+            raise TargetExistsError(f"{self.path} exists and is no file of answers: name another file.")
         different = [name for name in settings if earlier.get(name) != settings[name]]
         if different:
             name = different[0]
@@ -188,7 +205,9 @@ def _belongs(line: str, record: dict[str, Any]) -> bool:
     except ValueError:
         return False
     added = ("output", "output_ids", "end", "score")
-    return all(answer.get(name) == value for name, value in record.items() if name not in added)
+    asked = {name: value for name, value in record.items() if name not in added}
+    stands = {name: answer.get(name) for name in asked}
+    return json.dumps(stands, sort_keys=True) == json.dumps(asked, sort_keys=True)  # NaN is equal to itself so
 
 
 def rounds(count: int, first: int, size: int) -> Iterator[range]:

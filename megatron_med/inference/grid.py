@@ -24,12 +24,14 @@ def join_grid(tensor: int, pipeline: int, *, replicas: bool, timeout: timedelta)
     Raises:
         ConfigError: there are other ranks than are needed.
     """
+    if min(tensor, pipeline) < 1:
+        raise ConfigError(f"--tensor is {tensor} and --pipeline {pipeline}: both must be at least 1.")
     _, world_size = read_ranks()
     needed = tensor * pipeline
-    if needed < 1 or world_size % needed or (world_size != needed and not replicas):
+    if world_size % needed or (world_size != needed and not replicas):
         raise ConfigError(
             f"The world size is {world_size}: --tensor x --pipeline = {tensor} x {pipeline} ranks are needed"
-            f"{', or a multiple of that' if replicas else ''}. Start with torchrun --nproc-per-node {max(1, needed)}."
+            f"{', or a multiple of that' if replicas else ''}. Start with torchrun --nproc-per-node {needed}."
         )
     if world_size == 1:
         return single_process_context(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

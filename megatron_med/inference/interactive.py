@@ -53,13 +53,15 @@ def _read_line() -> str | None:
     """The next line; None at the end of the input. Ctrl-C gives up what was typed."""
     while True:
         try:
-            return input("> ")
+            line = input("> ")
+            line.encode("utf-8")  # stdin lets broken bytes through as half characters
+            return line
         except EOFError:
             print(flush=True)
             return None
         except KeyboardInterrupt:
             print(f"\n{HELP}", flush=True)
-        except UnicodeDecodeError:
+        except UnicodeError:
             print("The line is not UTF-8 text: type it again.", flush=True)
 
 

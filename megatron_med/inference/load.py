@@ -55,6 +55,13 @@ class Settings:
 IN_FP32 = Settings()
 
 
+_TEXT_FILES = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt"),
+)
+"""Files of a Hugging Face folder that decide, beside the weights, what a model reads and writes."""
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model with what belongs to it.
@@ -100,10 +107,12 @@ class Loaded:
         return ChatEncoder(self.tokenizer, self.chat)
 
     def fingerprint(self) -> str:
-        """Names the weights: two models with other ones have other names."""
+        """Names the weights and, of a Hugging Face folder, what turns text into ids: two models that differ in these
+        have other names."""
         if (self.source / MANIFEST).is_file():
             return weights_digest(self.source)
-        files = [self.source / "config.json", *sorted(self.source.glob("*.safetensors"))]
+        named = (self.source / name for name in _TEXT_FILES)
+        files = [*(file for file in named if file.is_file()), *sorted(self.source.glob("*.safetensors"))]
         return hashlib.sha256("\n".join(sha256_of_all(files)).encode()).hexdigest()
 
     def check(self, request: Request, which: str = "The prompt") -> None:
@@ -121,7 +130,7 @@ def request_fault(request: Request, config: ModelConfig) -> str | None:
     """What is wrong with a request, to be put behind its name; None where nothing is."""
     limit, tokens = config.max_position_embeddings, len(request.prompt)
     if not tokens:
-        return "is empty: there is nothing to go on from. Write a word at least, or pass --add-bos."
+        return "is empty: there is nothing to go on from. Write a word at least."
     if tokens + request.max_new_tokens > limit:
         return (
             f"has {tokens} tokens and {request.max_new_tokens} new ones are asked for: together at most {limit} "
@@ -193,11 +202,21 @@ def _end_ids(tokenizer: Tokenizer | None, state: CheckpointState) -> frozenset[i
     return frozenset(end for end in ends if end is not None)
 
 
+def _json_of(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}). Get the whole file.") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no object with settings. Get the whole file.")
+    return content
+
+
 def _listed_ends(folder: Path) -> list[int]:
     """What ``generation_config.json``, or else ``config.json``, says ends a text."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        settings: dict[str, Any] = _json_of(path) if path.is_file() else {}
         ends = settings.get("eos_token_id")
         if ends is not None:
             return [int(end) for end in (ends if isinstance(ends, list) else [ends])]

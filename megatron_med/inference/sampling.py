@@ -15,6 +15,9 @@ NOT_FINITE = -1
 """Stands for a token where logits are NaN or infinite."""
 
 
+_MOST_BEAMS = 1000
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen.
@@ -58,8 +61,8 @@ class Sampling:
             faults.append(f"frequency-penalty is {self.frequency_penalty}: it must be a number (0: none).")
         if self.no_repeat_ngram_size < 0:
             faults.append(f"no-repeat-ngram-size is {self.no_repeat_ngram_size}: it must be at least 0 (0: off).")
-        if self.beams < 1:
-            faults.append(f"beams is {self.beams}: it must be at least 1.")
+        if not 1 <= self.beams <= _MOST_BEAMS:
+            faults.append(f"beams is {self.beams}: it must be at least 1 and at most {_MOST_BEAMS}.")
         if not math.isfinite(self.length_penalty):
             faults.append(f"length-penalty is {self.length_penalty}: it must be a number.")
         if not faults:
@@ -118,6 +121,7 @@ def choose(
     broken = ~logits.isfinite().all(dim=-1)
     if sampling.reads_history:
         penalise(logits, sampling, histories)
+        broken |= (logits.isnan() | (logits == math.inf)).any(dim=-1)  # a penalty near 0 is no number any more
     if sampling.temperature == 0:
         chosen = logits.argmax(dim=-1)
     else:

@@ -18,6 +18,8 @@ _TOKENS_AT_LEAST = 256
 _FAMILY_TOKENS = 64
 """Texts that begin with the same tokens, at least so many, share them."""
 _FAMILY_SIZE = 3
+_SHORT = 16
+"""A context of fewer tokens is read again for each continuation: nothing is saved by reading it once."""
 
 Ids = Sequence[int]
 
@@ -114,19 +116,37 @@ def _passes(requests: Sequence[tuple[Ids, Ids]], ranks: int) -> list[_Pass]:
         assert context, "a context has a token at least"
         assert continuation, "a continuation has a token at least"
         by_context.setdefault(tuple(context), []).append(number)
+    cut = {context: _cut(context, numbers, requests) for context, numbers in by_context.items()}
     passes = []
-    for number, (shared, questions) in enumerate(_families(by_context)):
+    for number, (shared, questions) in enumerate(_families(cut)):
         sizes = [(_size(question, requests, len(shared)), question) for question in questions]
         budget = min(TOKENS_AT_ONCE, max(_TOKENS_AT_LEAST, -(-sum(size for size, _ in sizes) // ranks)))
         passes += [_Pass(group, number, shared) for group in _packed(sizes, budget)]
     return passes
 
 
-def _families(by_context: dict[tuple[int, ...], list[int]]) -> Iterator[tuple[tuple[int, ...], list[_Question]]]:
+def _cut(context: tuple[int, ...], numbers: Sequence[int], requests: Sequence[tuple[Ids, Ids]]) -> list[list[int]]:
+    """The requests of a context in groups that a pass can hold; each alone where sharing the context saves nothing."""
+    if len(context) < _SHORT:
+        return [[number] for number in numbers]
+    groups: list[list[int]] = []
+    room = 0
+    for number in numbers:
+        size = len(requests[number][1]) - 1
+        if not groups or size > room:
+            groups.append([])
+            room = TOKENS_AT_ONCE - len(context)
+        groups[-1].append(number)
+        room -= size
+    return groups
+
+
+def _families(by_context: dict[tuple[int, ...], list[list[int]]]) -> Iterator[tuple[tuple[int, ...], list[_Question]]]:
     """Questions with the same beginning, and that beginning; all those with one of their own together."""
     families: dict[tuple[int, ...], list[_Question]] = {}
-    for context, numbers in by_context.items():
-        families.setdefault(context[:_FAMILY_TOKENS], []).append(_Question(context, numbers))
+    for context, groups in by_context.items():
+        family = families.setdefault(context[:_FAMILY_TOKENS], [])
+        family += [_Question(context, numbers) for numbers in groups]
     alone: list[_Question] = []
     for questions in families.values():
         shared = _shared(questions)

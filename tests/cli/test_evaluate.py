@@ -224,3 +224,116 @@ def test_lm_evals_own_command_on_two_ranks(model: Path, data: Path, tmp_path: Pa
     assert tables == [1, 0], "rank 0 prints"
     (written,) = (tmp_path / "out").rglob("results_*.json")
     assert json.loads(written.read_text())["results"]["local_medqa_4options"]["acc,none"] >= 0
+
+
+def _lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_overwrite_begins_anew_and_seeds_and_limits_join(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _run(model, data, out, "--limit", 20)
+    content = _run(model, data, out, "--limit", 12, "--overwrite")
+    assert content["tasks"]["medqa_4options"]["letter"]["count"] == 12
+    assert len(_samples(out)) == 12
+    shown = _run(model, data, out, "--limit", 5)  # the report speaks of what was asked for
+    assert shown["tasks"]["medqa_4options"]["letter"]["count"] == 5
+    assert shown["analysis"]["medqa_4options"]["letter"]["lengths"][0]["count"] <= 5
+    shots = ("--shots", 2, "--limit", 6, "--score", "letter")
+    first = _run(model, data, tmp_path / "seeds", *shots, "--seeds", 1, 2)
+    joined = _run(model, data, tmp_path / "seeds", *shots, "--seeds", 7)["tasks"]["medqa_4options"]["letter"]
+    assert set(joined["seeds"]) == {"1", "2", "7"}
+    assert joined["answers"] == 18
+    before = first["tasks"]["medqa_4options"]["letter"]["seeds"]
+    assert {seed: joined["seeds"][seed] for seed in before} == before
+
+
+def test_files_beside_the_test_file_belong_to_the_results(model: Path, tmp_path: Path) -> None:
+    options = dict(zip("ABCDE", ("rest", "water", "salt", "heat", "cold"), strict=True))
+    rows = [{"no": number, "question": f"What helps {number}?", "options": options} for number in (1, 2, 3)]
+    (tmp_path / "step1.json").write_text(json.dumps(rows))
+    solutions = tmp_path / "step1_solutions.json"
+    solutions.write_text(json.dumps({"1": "A", "2": "B", "3": "C"}))
+    arguments = (
+        "--checkpoint",
+        model,
+        "--output",
+        tmp_path / "out",
+        "--tasks",
+        f"usmle_step1={tmp_path / 'step1.json'}",
+    )
+    assert python(EVALUATE, *arguments).returncode == 0
+    solutions.write_text(json.dumps({"1": "B", "2": "B", "3": "C"}))
+    refused = python(EVALUATE, *arguments)
+    assert refused.returncode == 2
+    assert "holds results with files" in refused.stderr
+    solutions.write_text('{"1": "B", ')
+    assert "step1_solutions.json is not JSON" in python(EVALUATE, *arguments, "--overwrite").stderr
+
+
+def test_long_texts_are_read_in_passes_of_bounded_size() -> None:
+    """All begin with the same single token: no pass may hold more than it should for that."""
+    from megatron_med.inference.scoring import TOKENS_AT_ONCE, _passes
+
+    texts = [([1], list(range(2, 2 + 300))) for _ in range(64)]
+    shared = [(list(range(500)), [7] * 200) for _ in range(40)]
+    for requests in (texts, shared):
+        passes = _passes(requests, 1)
+        sizes = [
+            sum(len(q.context) + sum(len(requests[n][1]) - 1 for n in q.requests) for q in one.questions)
+            for one in passes
+        ]
+        assert max(sizes) <= TOKENS_AT_ONCE
+        asked = sorted(number for one in passes for question in one.questions for number in question.requests)
+        assert asked == list(range(len(requests)))
+
+
+def test_what_cannot_be_meant_is_refused_in_a_line(model: Path, data: Path, tmp_path: Path) -> None:
+    good = {"id": "1", "question": "What now?", "options": dict(zip("ABCD", "wxyz", strict=True)), "answer_idx": "B"}
+    (tmp_path / "train").mkdir()
+    shutil.copy(data / "medqa_4opt_train.jsonl", tmp_path / "train")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "bad.csv").write_bytes(b"Category,Question\nHealth,caf\xe9\n")
+    (tmp_path / "cut.json").write_text(json.dumps([good, good], indent=1)[:-4])
+    twice = _lines(tmp_path / "twice.jsonl", [{"id": 1, "text": "a"}, {"id": 1, "text": "b"}])
+    row = {"subject": "anatomy", "question": "Q", "choices": 7, "answer": 0, "split": "test"}
+    mmlu = _lines(tmp_path / "mmlu.jsonl", [row])
+    cases = {
+        "no test file": ("--data", tmp_path / "train", "--tasks", "medqa_4options"),
+        "names medqa_4options twice": ("--data", data, "--tasks", "medqa_4options", "medqa_4options=x.jsonl"),
+        "a file is missing behind '='": ("--tasks", "medqa_4options="),
+        "--seeds holds -1": ("--data", data, "--tasks", "medqa_4options", "--shots", 1, "--seeds", -1),
+        "--tensor is -1": ("--data", data, "--tasks", "medqa_4options", "--tensor", -1),
+        "the model has 512 positions": ("--data", data, "--tasks", "medqa_4options", "--max-length", 4096),
+        "answer the text of another option": (
+            "--tasks",
+            f"medqa_4options={_lines(tmp_path / 'other.jsonl', [good | {'answer': 'w'}])}",
+        ),
+        "lone surrogate": (
+            "--tasks",
+            f"medqa_4options={_lines(tmp_path / 'half.jsonl', [good | {'question': chr(0xD800)}])}",
+        ),
+        "two documents have the id 1": ("--tasks", f"pubmed_abstracts_perplexity={twice}"),
+        "no document with words": (
+            "--tasks",
+            f"pubmed_abstracts_perplexity={_lines(tmp_path / 'empty.jsonl', [{'id': 1, 'text': ' '}])}",
+        ),
+        "no Parquet file": ("--tasks", f"medqa_4options={tmp_path / 'bad.parquet'}"),
+        "is not UTF-8": ("--tasks", f"truthfulqa={tmp_path / 'bad.csv'}"),
+        "is broken JSON": ("--tasks", f"medqa_4options={tmp_path / 'cut.json'}"),
+        "cannot be read as mmlu_medical": ("--tasks", f"mmlu_medical={mmlu}"),
+    }
+    for message, options in cases.items():
+        done = python(EVALUATE, "--checkpoint", model, "--output", tmp_path / "out", *options)
+        assert done.returncode == 2, (message, done.stderr)
+        assert message in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_typing_error_in_model_args_is_told(model: Path, data: Path) -> None:
+    arguments = ("--model", "megatron_med", "--model_args", f"checkpoint={model},precison=bf16")
+    metadata = ("--tasks", "local_medqa_4options", "--metadata", json.dumps({"data": str(data)}), "--limit", 2)
+    done = python("-m", "megatron_med.evaluate", *arguments, *metadata)
+    assert done.returncode == 2
+    assert "there is no option precison" in done.stderr

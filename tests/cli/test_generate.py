@@ -101,7 +101,7 @@ def test_answers_of_other_prompts_or_settings_are_kept_apart(model: Path, tmp_pa
         (("--input", prompts, "--seed", 3), "holds answers with seed 0, not 3"),
         (("--input", prompts, "--checkpoint", copied), "holds answers with checkpoint"),
         (("--input", tmp_path / "other.jsonl"), "line 1 of"),
-        (("--input", prompts, "--output", prompts), "is no file of answers"),
+        (("--input", prompts, "--output", prompts), "--input and --output are one file"),
     ):
         done = python(*common, *options)
         assert done.returncode == 2
@@ -178,7 +178,7 @@ def test_stop_strings_end_an_answer_and_do_not_belong_to_it(model: Path, tmp_pat
         (("--prompt", "x", "--min-p", 2), "min-p is 2.0"),
         (("--prompt", "x", "--batch-size", 0), "--batch-size is 0"),
         (("--input", "in.jsonl"), "--input and --output belong together"),
-        (("--prompt", "x", "--tensor", 0), "The world size is 1"),
+        (("--prompt", "x", "--tensor", 0), "--tensor is 0 and --pipeline 1: both must be at least 1"),
         (("--prompt", "x", "--base", "y"), "--base belongs to adapters"),
         (("--input", "absent.jsonl", "--output", "y.jsonl"), "absent.jsonl"),
     ],
@@ -300,3 +300,27 @@ def test_control_c_stops_an_answer_and_not_the_program(model: Path, tmp_path: Pa
     finally:
         terminal.process.kill()
         terminal.close()
+
+
+def test_prompts_and_foreign_files_are_never_replaced(model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Fever"}\n')
+    foreign = tmp_path / "notes.txt"
+    foreign.write_text("mine\n")
+    for output in (prompts, foreign):
+        arguments = ("--checkpoint", model, "--input", prompts, "--output", output, "--overwrite")
+        done = python("tools/generate.py", *arguments, "--max-new-tokens", 2)
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+    assert foreign.read_text() == "mine\n"
+    assert prompts.read_text() == '{"prompt": "Fever"}\n'
+    for line, message in (
+        ('{"prompt": "a", "prompt_ids": [1]}', "prompts.jsonl:1: prompt and prompt_ids are both there"),
+        ('{"messages": []}', "prompts.jsonl:1: messages is empty"),
+        ('{"prompt": "\\ud800"}', "prompts.jsonl:1: a text holds half of a character"),
+    ):
+        prompts.write_text(line + "\n")
+        arguments = ("--checkpoint", model, "--input", prompts, "--output", tmp_path / "answers.jsonl")
+        done = python("tools/generate.py", *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr

@@ -15,6 +15,7 @@ from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.adapter import MERGE
 from megatron_med.checkpoint.create import new_step, refuse_overlap
 from megatron_med.checkpoint.folder import CheckpointState
+from megatron_med.checkpoint.huggingface.card import CARD, model_card
 from megatron_med.checkpoint.huggingface.checks import check_tensors
 from megatron_med.checkpoint.huggingface.config import from_huggingface, read_config, to_huggingface
 from megatron_med.checkpoint.huggingface.files import open_tensors, write_tensors
@@ -26,7 +27,7 @@ from megatron_med.checkpoint.storage import Reader, write_streaming
 from megatron_med.config import ModelConfig, model_from_dict
 from megatron_med.config.schema import MULTIPLE_CHOICE
 from megatron_med.errors import CheckpointError
-from megatron_med.files import write_json
+from megatron_med.files import write_json, write_text
 from megatron_med.model.build import DTYPES
 from megatron_med.outputs import output_folder, refuse_existing
 from megatron_med.parallel.context import single_process_context
@@ -90,9 +91,15 @@ def _write_weights(source: Path, partial: Path, config: ModelConfig, rows: int) 
 
 
 def export_huggingface(
-    source: Path, target: Path, *, dtype: str | None = None, verify: bool = False, overwrite: bool = False
+    source: Path,
+    target: Path,
+    *,
+    dtype: str | None = None,
+    verify: bool = False,
+    overwrite: bool = False,
+    results: Sequence[Path] = (),
 ) -> None:
-    """Writes config, generation config, tokenizer and weights as a Hugging Face folder.
+    """Writes config, generation config, tokenizer, weights and a model card as a Hugging Face folder.
 
     Args:
         source: RUN, RUN/checkpoints or one step.
@@ -100,6 +107,7 @@ def export_huggingface(
         dtype: fp32, bf16 or fp16; by default the precision of the run or of the imported weights.
         verify: compare the logits of both models first, and refuse where they differ.
         overwrite: replace ``target``.
+        results: folders of ``tools/evaluate.py`` whose scores the card tells.
     """
     step = folders.resolve_checkpoint(source)
     refuse_overlap(target, step)
@@ -134,6 +142,7 @@ def export_huggingface(
         write_json(partial / "generation_config.json", generation_config(loaded, state.chat))
         if loaded is not None:
             write_tokenizer(partial, loaded, config.max_position_embeddings, state.chat)
+        write_text(partial / CARD, model_card(target.resolve().name, step, config, state, results))
         if verify:
             verify_logits(partial, step, config, loaded, rounded=torch_dtype)
 

@@ -1,0 +1,123 @@
+"""The model card of an exported folder: what the model was made of, and what it is not for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_med.checkpoint.folder import CheckpointState
+from megatron_med.config import ModelConfig
+from megatron_med.config.schema import CLASSIFICATION
+from megatron_med.errors import DataError
+
+CARD = "README.md"
+
+_USE = """\
+For research on medical language models, and as a base for tuning. **Not medical advice**: its text may be wrong, out of
+date, incomplete or made up, however sure it sounds. It has not been tested for the care of patients and must not be
+used for diagnosis, treatment or triage. What it says follows its training text, with the gaps and the bias of that.
+Whoever builds on it has to test it for that use, with people who know the field.
+"""
+
+
+def model_card(name: str, step: Path, config: ModelConfig, state: CheckpointState, results: Sequence[Path] = ()) -> str:
+    """Markdown with the metadata that model hubs read.
+
+    Args:
+        name: of the model.
+        step: folder of the checkpoint; what its run tells is read from the folders above it.
+        config, state: of the checkpoint.
+        results: folders of ``tools/evaluate.py`` whose scores are told.
+
+    Raises:
+        DataError: a folder holds no results.
+    """
+    run = _run_of(step)
+    task = "text-classification" if config.head == CLASSIFICATION else "text-generation"
+    front = {"library_name": "transformers", "pipeline_tag": task, "tags": ["medical", "megatron_med", config.family]}
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {name}\n",
+        f"A {config.family} model of {config.num_layers} layers, {config.hidden_size} wide, with {config.vocab_size:,} "
+        f"tokens and a context of {config.max_position_embeddings:,}, trained with megatron_med.\n",
+        "## Intended use, and its limits\n\n" + _USE,
+        "## Base\n\n" + _base(run, state),
+        "## Data\n\n" + "\n".join(_data(run)) + "\n",
+        "## Recipe\n\n" + _recipe(run, state),
+    ]
+    if state.chat is not None:
+        parts.append(f"Conversations are in the template `{state.chat['template']}` (`tokenizer_config.json`).\n")
+    if state.head is not None and state.head["labels"]:
+        parts.append(f"Classes: {', '.join(state.head['labels'])}, at the last token of a text.\n")
+    parts.append("## Scores\n\n" + ("\n".join(_scores(results)) or "None are recorded.") + "\n")
+    return "\n".join(parts)
+
+
+def _run_of(step: Path) -> dict[str, Any]:
+    """The configuration of the run that has written a checkpoint; empty where there is none."""
+    path = step.parent.parent / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _base(run: dict[str, Any], state: CheckpointState) -> str:
+    load = (run.get("checkpoint") or {}).get("load")
+    if load:
+        return f"The weights of `{load}` were trained on. The licence of that base holds for this model, too.\n"
+    if state.run.get("imported"):
+        return "Imported from a Hugging Face folder and not trained here: its own card and licence hold.\n"
+    return "None: trained from random weights.\n"
+
+
+def _data(run: dict[str, Any]) -> Iterator[str]:
+    sources = (run.get("data") or {}).get("train") or []
+    if not sources:
+        yield "Not recorded."
+    for source in sources:
+        prefix = Path(source["path"])
+        licences = _licences(prefix)
+        share = f", weight {source['weight']:g}" if source.get("weight", 1) != 1 else ""
+        yield f"- `{prefix.name}`{share}: {licences or 'licence not recorded: see where it comes from'}"
+
+
+def _licences(prefix: Path) -> str:
+    """What the manifest of the corpus says of a source; the token files are called SOURCE-train."""
+    path = prefix.parent / "manifest.json"
+    if not path.is_file():
+        return ""
+    source = json.loads(path.read_text(encoding="utf-8")).get("sources", {}).get(prefix.name.rpartition("-")[0], {})
+    return str(source.get("license", ""))
+
+
+def _recipe(run: dict[str, Any], state: CheckpointState) -> str:
+    if not run:
+        return f"Step {state.step:,}.\n"
+    train, optimizer = run["train"], run.get("optimizer") or {}
+    facts = {
+        "steps": f"{state.step:,}",
+        "global batch": f"{train['global_batch_size']:,} samples of {run['data']['sequence_length']:,} tokens",
+        "optimizer": f"{optimizer.get('name')}, lr {optimizer.get('lr')}, weight decay {optimizer.get('weight_decay')}",
+        "precision": run.get("precision"),
+    }
+    return "".join(f"- {name}: {value}\n" for name, value in facts.items())
+
+
+def _scores(results: Sequence[Path]) -> Iterator[str]:
+    if results:
+        yield "| task | way | value | 95 % interval | questions |\n|---|---|---|---|---|"
+    for folder in results:
+        try:
+            tasks = json.loads((folder / "results.json").read_text(encoding="utf-8"))["tasks"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{folder} holds no results.json of tools/evaluate.py: name its --output folder."
+            ) from error
+        for task, metrics in tasks.items():
+            for metric, found in metrics.items():
+                if "@" not in metric:
+                    low, high = found["interval"]
+                    value = f"{found['value']:.4f} | {low:.4f} to {high:.4f}"
+                    yield f"| {task} | {metric} | {value} | {found['count']} |"
