@@ -266,6 +266,7 @@ def test_a_conversation_on_the_terminal(model: Path, tmp_path: Path) -> None:
             messages.append({"role": "assistant", "content": record["output"]})
         terminal.type("/new\n")
         terminal.read_until("\n> ")
+        time.sleep(0.3)  # the prompt is printed a moment before its line is read
         terminal.type("\x03")
         assert "Ctrl-C stops an answer" in terminal.read_until("\n> "), "Ctrl-C gives up what was typed"
         terminal.type("/quit\n")

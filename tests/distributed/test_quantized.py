@@ -179,8 +179,8 @@ def test_a_row_parallel_product_equals_the_whole_one(
 
 
 TUNING_GRIDS = {
-    "int8, outliers": ["tensor 2", "tensor 2, no sequence parallelism", "full sharding, all eight", "interleaved"],
-    "nf4": ["tensor 2", "full sharding, all eight", "interleaved", "zero bubble"],
+    "int8, outliers": ["tensor 2, no sequence parallelism", "full sharding, all eight", "interleaved"],
+    "nf4": ["full sharding, all eight", "zero bubble"],
 }
 """Of Llama, whose other formats run on all eight, as GPT-2 does with the two formats named here."""
 
