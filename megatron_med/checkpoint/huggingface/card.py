@@ -88,7 +88,8 @@ def _licences(prefix: Path) -> str:
     path = prefix.parent / "manifest.json"
     if not path.is_file():
         return ""
-    source = json.loads(path.read_text(encoding="utf-8")).get("sources", {}).get(prefix.name.rpartition("-")[0], {})
+    sources = json.loads(path.read_text(encoding="utf-8")).get("sources", {})
+    source = sources.get(prefix.name) or sources.get(prefix.name.rpartition("-")[0]) or {}
     return str(source.get("license", ""))
 
 
