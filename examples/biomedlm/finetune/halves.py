@@ -2,9 +2,9 @@
 
     python examples/biomedlm/finetune/halves.py --questions pubmedqa.json --text abstracts.jsonl --output out/halves
 
-A small GPT-2 reads the abstracts first, then a head is tuned on one half, for three draws of the halves; the other half is
-scored. Tells the right answers of all three with the binomial p against chance (a third) and against always saying the
-most frequent answer.
+A small GPT-2 reads the abstracts first, then a head is tuned on one half, for three draws of the halves; the other half
+is scored. Tells the right answers of all three with the binomial p against chance (a third) and against always saying
+the most frequent answer.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ def main() -> None:
         right, questions, frequent = (
             total + new for total, new in zip((right, questions, frequent), found, strict=True)
         )
-        print(
-            f"seed {seed}: {found[0]} of {found[1]} right; the most frequent answer of the tuned half is right {found[2]} times"
-        )
+        print(f"seed {seed}: {found[0]} of {found[1]} right; the tuned half's most frequent answer: {found[2]}")
     for name, share in (("a third", 1 / 3), ("the most frequent answer", frequent / questions)):
         p = binomtest(right, questions, share, alternative="greater").pvalue
         print(f"{right} of {questions} ({right / questions:.4f}) against {name} ({share:.4f}): binomial p {p:.3g}")
