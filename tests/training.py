@@ -164,7 +164,9 @@ def measured_peak(config: Config) -> int:
     return recorder.peak
 
 
-def train_and_save(config: Config, target: Path, source: Path | None, first: int, last: int) -> list[float]:
+def train_and_save(
+    config: Config, target: Path, source: Path | None, first: int, last: int, head: dict[str, Any] | None = None
+) -> list[float]:
     """Loads ``source`` where there is one, trains steps ``first`` to ``last`` at a fixed learning rate and saves."""
     train_module, loader = set_up(config)
     optimizer, context = train_module.optimizer, train_module.context
@@ -181,6 +183,7 @@ def train_and_save(config: Config, target: Path, source: Path | None, first: int
         model=asdict(config.model),
         step=last,
         optimizer_steps=optimizer.steps,
+        head=head,
         run={"precision": config.precision},
     )
     save_checkpoint(target, optimizer, context, state=state)

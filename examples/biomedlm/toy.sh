@@ -44,6 +44,9 @@ for task in pubmedqa bioasq; do
 done
 evaluate --checkpoint runs/summaries --output results/summaries --tasks "meqsum=$questions/meqsum_test.csv"
 
+say "export: a classifier for transformers, its logits compared"
+tool convert_checkpoint export --from runs/pubmedqa-head --to pubmedqa --verify
+
 say "table"
 tool compare_results results/medqa-head results/pubmedqa-head results/bioasq-head results/summaries --output comparison
 say "done: $output/comparison, $output/results/*/report.html"

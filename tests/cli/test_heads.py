@@ -123,6 +123,14 @@ def test_a_classification_is_tuned_scored_and_read_by_transformers(folder: Path,
     for sample in map(json.loads, lines[:10]):
         best = max(pipe([sample["prompt"]])[0], key=lambda one: one["score"])
         assert best["label"] == {"A": "yes", "B": "no", "C": "maybe"}[sample["prediction"]]
+    other = tmp_path / "bioasq.tsv"
+    other.write_text("1\tIs it?\tIt is.\tyes\n")
+    fits = ("--checkpoint", run, "--tasks", f"bioasq={other}", "--score", "head", "--output", tmp_path / "fits")
+    assert python("tools/evaluate.py", *fits).returncode == 0  # yes and no are among its labels
+    asked = ("--checkpoint", run, "--tasks", f"medqa_4options={folder / 'test.jsonl'}", "--score", "head")
+    unknown = python("tools/evaluate.py", *asked, "--output", tmp_path / "unknown")
+    assert unknown.returncode == 2
+    assert "and the head has yes, no, maybe" in unknown.stderr
     likelihood = ("--checkpoint", run, "--tasks", f"pubmedqa={folder / 'test.json'}", "--output", tmp_path / "other")
     refused = python("tools/evaluate.py", *likelihood)
     assert refused.returncode == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_med.checkpoint.huggingface.convert import export_huggingface
 from megatron_med.config.schema import Config
 from tests.heads import preprocess_choice, preprocess_classes, with_separator, write_questions, write_texts
 from tests.ranks import run_ranks
@@ -89,3 +91,14 @@ def test_a_run_goes_on_on_another_grid(prefixes: dict[str, Path], tmp_path: Path
     for name in ("score.weight", "optimizer.exp_avg.score.weight", "optimizer.exp_avg_sq.score.weight"):
         scale = float(wanted[name].abs().max())
         np.testing.assert_allclose(entries[name], wanted[name], atol=1e-3 * scale, err_msg=name)
+
+
+def test_a_gpt2_classifier_is_exported_as_transformers_has_it(prefixes: dict[str, Path], tmp_path: Path) -> None:
+    """Its logits are compared by the export itself, and its class and labels stand in the folder."""
+    config = _config(prefixes["classification"], "gpt2")
+    head = {"kind": "classification", "labels": ["yes", "no", "maybe"], "separator": "", "max_length": 64}
+    run_ranks(1, train_and_save, config, tmp_path / "step-00000006", None, 1, 6, head)
+    export_huggingface(tmp_path / "step-00000006", tmp_path / "hf", verify=True)
+    written = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert written["architectures"] == ["GPT2ForSequenceClassification"]
+    assert written["id2label"] == {"0": "yes", "1": "no", "2": "maybe"}
