@@ -14,7 +14,7 @@ SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 RUN apt-get update && apt-get install -y --no-install-recommends g++ git && rm -rf /var/lib/apt/lists/*
 RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu torch==2.13.0
 WORKDIR /opt/megatron_med
-COPY constraints.txt pyproject.toml setup.py README.md ./
+COPY constraints.txt pyproject.toml setup.py README.md LICENSE ./
 COPY csrc csrc
 COPY megatron_med megatron_med
 RUN pip install --no-cache-dir -c constraints.txt setuptools wheel pybind11 \
@@ -30,7 +30,7 @@ CMD ["python", "-m", "megatron_med.train", "--help"]
 FROM ${GPU_BASE} AS gpu
 SHELL ["/bin/bash", "-o", "pipefail", "-c"]
 WORKDIR /opt/megatron_med
-COPY constraints.txt pyproject.toml setup.py README.md ./
+COPY constraints.txt pyproject.toml setup.py README.md LICENSE ./
 COPY csrc csrc
 COPY megatron_med megatron_med
 # The image's own torch stays: it is the one that its NCCL, Transformer Engine and apex were built with. Its pip

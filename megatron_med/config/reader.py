@@ -43,11 +43,11 @@ def read_yaml(path: Path, what: str) -> Any:
     except MisleadingYAMLError as error:
         raise ConfigError(f"{path}, {describe_fault(error)}.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not YAML: {describe_fault(error)}. Mend that line.") from error
+        raise ConfigError(f"{path} is not YAML: {describe_fault(error)}. Correct that line.") from error
     except RecursionError as error:
-        raise ConfigError(f"{path} is nested too deeply to be a {what}. Mend it.") from error
+        raise ConfigError(f"{path} is nested too deeply to be a {what}. Correct it.") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Mend it.") from error
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Correct it.") from error
     except OSError as error:
         raise ConfigError(f"The {what} {path} cannot be read: {error.strerror}.") from error
 

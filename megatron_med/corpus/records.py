@@ -41,7 +41,7 @@ def read_records(path: Path, fault: Fault = fail) -> Iterator[tuple[str, dict[st
             try:
                 record = orjson.loads(line)
             except orjson.JSONDecodeError as error:
-                fault(DataError(f"{place}: {_why(line, error)}. Mend the line or take it out."))
+                fault(DataError(f"{place}: {_why(line, error)}. Correct the line or take it out."))
                 continue
             if isinstance(record, dict):
                 yield place, record

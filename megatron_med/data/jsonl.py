@@ -174,4 +174,4 @@ def check_inputs(files: Sequence[Path]) -> None:
 
 def bad_line_error(place: str, reason: str, option: str = "--skip-bad-lines") -> DataError:
     """The error for a line that cannot be used."""
-    return DataError(f"{place}: {reason}. Mend it, or pass {option} to leave such records out and count them.")
+    return DataError(f"{place}: {reason}. Correct it, or pass {option} to leave such records out and count them.")

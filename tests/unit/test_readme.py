@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from pathlib import Path
 
 import pytest
+import yaml
 
+import megatron_med
 from megatron_med.config.presets import PRESETS
 from tests.conftest import REPOSITORY
 
@@ -35,3 +38,9 @@ def test_named_files_and_links_exist(page: Path) -> None:
 
 def test_named_presets_exist() -> None:
     assert {"llama-tiny", "llama2-7b", "llama2-13b", "llama2-70b", "biomedlm-2.7b"} <= PRESETS.keys()
+
+
+def test_the_version_is_one() -> None:
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == megatron_med.__version__
+    assert importlib.metadata.version("megatron_med") == megatron_med.__version__
