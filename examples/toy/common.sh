@@ -5,7 +5,11 @@ toy=$repository/examples/toy
 output=$repository/out/toy-$system
 while [ $# -gt 0 ]; do
   case $1 in
-    --output) output=$2; shift 2 ;;
+    --output)
+      [ $# -ge 2 ] || { echo "error: --output needs a folder; usage: toy.sh [--output DIR]" >&2; exit 2; }
+      output=$2
+      shift 2
+      ;;
     *) echo "error: unknown option $1; usage: toy.sh [--output DIR]" >&2; exit 2 ;;
   esac
 done
@@ -16,9 +20,17 @@ fi
 rm -rf "$output"
 mkdir -p "$output"
 touch "$output/.toy"
+output=$(cd "$output" && pwd)
 venv=$(bash "$repository/tools/setup_env.sh" toys)
 export PATH="$venv/bin:$PATH" OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore
 cd "$output"
+python - <<'PY'
+from importlib.util import find_spec
+
+for name in ("_megatron_med_index", "_megatron_med_kernels"):
+    if find_spec(name) is None:
+        print(f"{name} was not built, for lack of a compiler: plain Python serves, slower")
+PY
 
 say() { printf '\n== %s\n' "$*"; }
 tool() { python "$repository/tools/$1.py" "${@:2}"; }

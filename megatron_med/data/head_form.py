@@ -81,3 +81,24 @@ def check_head(model: ModelConfig, described: dict[str, Any] | None) -> None:
             f"{model.num_labels} labels: set model.head: {kind}"
             + (f" and model.num_labels: {classes}." if kind == CLASSIFICATION else ".")
         )
+
+
+def check_same_labels(head: dict[str, Any] | None, other: dict[str, Any] | None, named: str) -> None:
+    """Refuses labels in another order than those of the training data: a class is a number.
+
+    Args:
+        head: of the training data.
+        other: of a checkpoint, which may be a language model, or of other data.
+        named: what the other one is.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    if head is None or other is None:
+        return
+    for name in ("kind", "labels"):
+        if head[name] != other[name]:
+            raise ConfigError(
+                f"{named} has a head with {name} {other[name]}, and data.train {head[name]}: make all data with "
+                "the same --labels in the same order."
+            )

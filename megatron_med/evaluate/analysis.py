@@ -36,18 +36,25 @@ def analyse(samples: Sequence[Sample], contaminated: Collection[str] | None = No
         if ORDER in metric:
             continue
         answers = judge(samples, metric)
-        told: dict[str, Any] = {"lengths": by_length(answers)}
+        once = _first_draw(answers)
+        told: dict[str, Any] = {"lengths": by_length(once)}
         if any(one.subject for one in answers):
             told["subjects"] = by_subject(answers)
-        if all(one.probabilities is not None for one in answers):
-            told |= {"calibration": calibration(answers), "selective": selective(answers)}
-        orders = {name: judge(samples, name) for name in metrics if name.startswith(f"{metric}{ORDER}")}
+        sure = [one for one in once if one.probabilities is not None]
+        if sure:
+            told |= {"calibration": calibration(sure), "selective": selective(sure), "without": len(once) - len(sure)}
+        orders = {name: _first_draw(judge(samples, name)) for name in metrics if name.startswith(f"{metric}{ORDER}")}
         if orders:
-            told["order"] = by_order(answers, orders)
+            told["order"] = by_order(once, orders)
         if contaminated is not None:
             told["clean"] = _share([one for one in answers if one.id not in contaminated])
         found[metric] = told
     return found
+
+
+def _first_draw(answers: Sequence[Judged]) -> list[Judged]:
+    """One answer a question: where examples were drawn several times, those behind the first draw."""
+    return [one for one in answers if one.seed == answers[0].seed]
 
 
 def _share(answers: Sequence[Judged]) -> dict[str, Any]:
@@ -162,16 +169,15 @@ def _of_gold(one: Judged) -> float:
 
 def by_order(answers: Sequence[Judged], orders: dict[str, list[Judged]]) -> dict[str, Any]:
     """What happens where the same options stand in another order."""
-    first = {(one.id, one.seed): one.prediction for one in answers}
-    chosen: dict[tuple[str, int], set[str | None]] = {key: {letter} for key, letter in first.items()}
+    chosen: dict[str, set[str | None]] = {one.id: {one.prediction} for one in answers}
     for moved in orders.values():
         for one in moved:
-            chosen[one.id, one.seed].add(one.prediction)
+            chosen.setdefault(one.id, set()).add(one.prediction)
     values = [_share(answers)["value"], *(_share(moved)["value"] for moved in orders.values())]
     return {
         "orders": len(values),
         "values": values,
         "lowest": min(values),
         "highest": max(values),
-        "same_answer": sum(len(letters) == 1 for letters in chosen.values()) / len(chosen),
+        "same_answer": sum(len(letters) == 1 and None not in letters for letters in chosen.values()) / len(chosen),
     }

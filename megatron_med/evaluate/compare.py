@@ -41,6 +41,10 @@ class Run:
     def tasks(self) -> dict[str, Any]:
         return self.content["tasks"]
 
+    def asked(self, task: str, metric: str) -> frozenset[str]:
+        """Ids of the questions that a metric was asked for."""
+        return frozenset(s["id"] for s in self.samples[task] if metric in s.get("predictions", {metric: ""}))
+
     @cached_property
     def questions(self) -> dict[str, frozenset[str]]:
         """Ids of the questions of each task."""
@@ -111,10 +115,14 @@ def _read(name: str, folder: Path) -> Run:
     try:
         content = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         tasks, _ = content["tasks"], content["settings"]["checkpoint"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for found in (one for table in tasks.values() for one in table.values()):
+            float(found["value"]), list(map(float, found["interval"])), int(found["count"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{folder} holds no {RESULTS} of tools/evaluate.py ({error!r}): name its --output folder."
         ) from error
+    if not tasks:
+        raise DataError(f"{folder} holds no scores yet: let tools/evaluate.py end, then compare.")
     samples = {}
     for task in tasks:
         path = samples_file(folder, task)
@@ -124,11 +132,16 @@ def _read(name: str, folder: Path) -> Run:
                 "whole folder."
             )
         samples[task] = list(read_samples(path).values())
+        if any("predictions" in sample and "prompt" not in sample for sample in samples[task]):
+            raise DataError(f"{path} holds answers without their prompts: copy the whole folder of the evaluation.")
     return Run(name, folder, content, samples)
 
 
 def _check_same(task: str, first: Run, second: Run) -> None:
-    a, b = first.questions[task], second.questions[task]
+    pairs = [(first.questions[task], second.questions[task])]
+    for metric in first.tasks[task].keys() & second.tasks[task].keys():
+        pairs.append((first.asked(task, metric), second.asked(task, metric)))
+    a, b = next(((a, b) for a, b in pairs if a != b), pairs[0])
     if a != b:
         raise DataError(
             f"{task} has {len(a)} questions in {first.folder} and {len(b)} in {second.folder}, {len(a & b)} of them "
@@ -150,7 +163,8 @@ def rows_of_runs(runs: Sequence[Run]) -> list[Row]:
         for metric in metrics:
             found = {task: table[metric] for task, table in run.tasks.items() if metric in table}
             cells = {task: (one["value"], one["interval"]) for task, one in found.items()}
-            rows.append(Row("", run.name, metric, cells))
+            shots = run.content["settings"].get("shots")
+            rows.append(Row("", run.name, f"{metric}, {shots} examples" if shots else metric, cells))
     return rows
 
 
@@ -184,10 +198,11 @@ def tests_between(runs: Sequence[Run]) -> list[Test]:
 
 
 def _paired(first: Sequence[Judged], second: Sequence[Judged]) -> list[tuple[Judged, Judged]]:
-    """Answers to the same question; with several draws of examples those of the first that both have, so that no
-    question counts twice."""
-    seeds = [seed for seed in dict.fromkeys(one.seed for one in first) if seed in {one.seed for one in second}]
-    if not seeds:
+    """Answers to the same question; with several draws of examples those of the first that both have, or else of the
+    first of each, so that no question counts twice."""
+    if not first or not second:
         return []
-    others = {one.id: one for one in second if one.seed == seeds[0]}
+    common = [seed for seed in dict.fromkeys(one.seed for one in first) if seed in {one.seed for one in second}]
+    seeds = (common[0], common[0]) if common else (first[0].seed, second[0].seed)
+    others = {one.id: one for one in second if one.seed == seeds[1]}
     return [(one, others[one.id]) for one in first if one.seed == seeds[0] and one.id in others]

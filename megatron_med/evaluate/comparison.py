@@ -50,7 +50,8 @@ def _markdown(
             columns = [task for task in tasks if any(task in row.cells for row in mine)]
             lines += [f"**{system}**", "", *_table(["model", "way", *columns], _cells(mine, columns)), ""]
     if tests:
-        lines += ["## McNemar's test", "", "Questions that only one of two runs has right, and the exact p.", ""]
+        lines += ["## McNemar's test", "", "Questions that only one of two runs has right, and the exact p;"]
+        lines += ["of several draws of examples the first.", ""]
         rows = (
             [test.task, test.metric, test.first, test.second, test.only_first, test.only_second, f"{test.p:.4g}"]
             for test in tests

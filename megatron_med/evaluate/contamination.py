@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from megatron_med.config.reader import read_yaml
 from megatron_med.data.indexed import IndexedDataset, token_paths
 from megatron_med.data.jsonl import BadLine, content_of, read_lines
-from megatron_med.data.sources import read_side_file
+from megatron_med.data.sources import read_side_file, recorded_tokenizer
 from megatron_med.errors import ConfigError, DataError
 from megatron_med.evaluate.questions import Question
 from megatron_med.tokenizer import Tokenizer, describe_difference
@@ -31,17 +32,24 @@ class Contamination:
         found: question -> where it stands, and the words that were found.
         too_short: ids of questions with too few words to be sought.
         questions: how many there are.
+        asked: a hash of their ids.
     """
 
     questions: int
+    asked: str = ""
     found: dict[str, dict[str, str]] = field(default_factory=dict)
     too_short: list[str] = field(default_factory=list)
 
     def described(self, files: TrainingFiles) -> dict[str, Any]:
         """For the results."""
-        names = [str(path.resolve()) for path in (*files.prefixes, *files.texts)]
+        names = files.named()
         counts = {"questions": self.questions, "too_short_to_be_sought": len(self.too_short)}
-        return {"files": names, **counts, "found": self.found}
+        return {"files": names, **counts, "asked": self.asked, "found": self.found}
+
+
+def hash_of(ids: Iterable[str]) -> str:
+    """Names a set of questions."""
+    return hashlib.sha256("\n".join(sorted(set(ids))).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,10 @@ class TrainingFiles:
     prefixes: Sequence[Path]
     texts: Sequence[Path]
     tokenizer: Tokenizer | None
+
+    def named(self) -> list[str]:
+        """All files, by whole paths."""
+        return [str(path.resolve()) for path in (*self.prefixes, *self.texts)]
 
     def documents(self) -> Iterator[tuple[Callable[[], str], str]]:
         """Where each document stands, which takes a while to tell, and its text."""
@@ -118,7 +130,7 @@ def _of_run(config: Path) -> list[Path]:
 
 
 def _holds_roles(path: Path) -> bool:
-    return path.with_suffix("").suffix == ".roles"
+    return path.with_suffix("").suffix in (".roles", ".labels")
 
 
 def _is_text(path: Path) -> bool:
@@ -132,11 +144,19 @@ def _check_tokenizer(prefix: Path, tokenizer: Tokenizer | None) -> None:
     if side is None:
         return
     difference = describe_difference(side["tokenizer"], tokenizer.describe())
-    if difference:
+    if difference and not _begins_with(tokenizer, prefix):
         raise DataError(
             f"{prefix} was made with another tokenizer ({side['tokenizer']['paths'][0]}) than the model's: "
-            f"{difference}. The model was not trained on it: name its own training files, or text."
+            f"{difference}. Its ids would be read as other text: name files of the model's tokenizer, or text."
         )
+
+
+def _begins_with(tokenizer: Tokenizer, prefix: Path) -> bool:
+    """Whether a tokenizer is that of the token files with further tokens behind it, as tuning adds them."""
+    theirs = recorded_tokenizer(prefix)
+    if theirs is None or theirs.vocab_size > tokenizer.vocab_size:
+        return False
+    return all(theirs.decode([number]) == tokenizer.decode([number]) for number in range(theirs.vocab_size))
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -171,10 +191,15 @@ def search(files: TrainingFiles, questions: Mapping[str, Sequence[Question]]) ->
         for text, numbers in sought.whole.items():
             for number in numbers:
                 seeker.seek_whole(task, number, text)
-        results[task] = Contamination(len(asked), too_short=[asked[number].id for number in sought.too_short])
+        short = [asked[number].id for number in sought.too_short]
+        results[task] = Contamination(len(asked), hash_of(question.id for question in asked), too_short=short)
+    documents = 0
     for place, text in files.documents():
+        documents += 1
         for task, number, words in seeker.hits(simplified_words(text)):
             name = questions[task][number].id
             if name not in results[task].found:
                 results[task].found[name] = {"place": place(), "words": words}
+    if not documents:
+        raise DataError(f"--contamination names {files.named()[0]}, which holds no document: nothing was looked up.")
     return results

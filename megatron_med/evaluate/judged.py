@@ -47,7 +47,10 @@ class Judged:
 def judge(samples: Iterable[Sample], metric: str) -> list[Judged]:
     """All answers of one metric, in the order of the samples."""
     mine = [sample for sample in samples if metric in sample.get("predictions", {})]
-    shared = _shared_beginning([sample["prompt"] for sample in mine])
+    prompts: dict[int, list[str]] = {}
+    for sample in mine:
+        prompts.setdefault(sample.get("seed", 0), []).append(sample["prompt"])
+    shared = {seed: _shared_beginning(of_seed) for seed, of_seed in prompts.items()}
     return [
         Judged(
             sample["id"],
@@ -56,7 +59,7 @@ def judge(samples: Iterable[Sample], metric: str) -> list[Judged]:
             sample["gold"],
             _probabilities(sample, metric),
             sample.get("subject", ""),
-            len(sample["prompt"][shared:].split()),
+            len(sample["prompt"][shared[sample.get("seed", 0)] :].split()),
         )
         for sample in mine
     ]

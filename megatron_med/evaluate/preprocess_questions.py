@@ -88,6 +88,8 @@ def preprocess_questions(options: QuestionOptions) -> Written:
         raise ConfigError(f"--max-length is {options.max_length}: it must be at least 1.")
     questions = read_questions(task, options.split, options.input)
     is_classes = options.head == CLASSIFICATION
+    if len(set(options.labels)) < len(options.labels):
+        raise ConfigError(f"--labels holds a label twice ({', '.join(options.labels)}): name each once.")
     labels = (options.labels or labels_of(questions)) if is_classes else ()
     if is_classes and not 2 <= len(labels) <= MOST_CLASSES:
         raise ConfigError(

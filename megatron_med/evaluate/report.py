@@ -117,6 +117,13 @@ def _calibration(analysis: Mapping[str, Any]) -> str:
     bins = {metric: told["calibration"]["bins"] for metric, told in analysis.items()}
     return (
         table(["metric", "ECE", "95 % interval", "Brier score", "95 % interval"], rows)
+        + note(
+            "".join(
+                f"{metric}: without {told['without']} questions that were too long. "
+                for metric, told in analysis.items()
+                if told.get("without")
+            )
+        )
         + note("ECE: mean distance of confidence and accuracy, 10 bins. Brier score: 0 is best, 2 is worst.")
         + figure(pictures.reliability(bins), "Reliability: on the line, an answer is right as often as it says")
     )
@@ -187,7 +194,8 @@ def _contamination(known: Mapping[str, Any] | None, analysis: Mapping[str, Any])
         f"{len(found)} of {known['questions']} questions stand in {', '.join(known['files'])}; "
         f"{short} have fewer than 8 words and were not sought."
     )
-    rows = [[metric, told["clean"]["count"], _share(told["clean"])] for metric, told in analysis.items()]
+    clean = {metric: told["clean"] for metric, told in analysis.items() if "clean" in told}
+    rows = [[metric, found["count"], _share(found)] for metric, found in clean.items()]
     shown = table(["metric", "questions not found", "their accuracy"], rows)
     lines = [[name, where["place"], where["words"]] for name, where in list(found.items())[:_EXAMPLES]]
     if lines:

@@ -112,6 +112,11 @@ class ResultsFolder:
         self._parts[part] |= by_task
         self._write()
 
+    def forget(self, name: str, task: str) -> None:
+        """Takes a part of every analysis of a task away."""
+        for told in self._parts["analysis"].get(task, {}).values():
+            told.pop(name, None)
+
     def known(self, part: str) -> Mapping[str, Any]:
         """What ``note`` and ``write`` have put there, by task; ``tasks`` are the tables."""
         return self._parts[part]

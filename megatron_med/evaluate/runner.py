@@ -116,7 +116,7 @@ def _by_head(model: MegatronMedLM, block: Sequence[Question], way: HeadWay) -> l
             values = [found[0][place] for place in classes]
         logarithms = log_softmax(values)
         best = question.letters[max(range(len(values)), key=lambda place: values[place])]
-        prompt = model.tokenizer.decode(some[0])
+        prompt = "\n".join(str(model.tokenizer.decode(ids)) for ids in some)
         samples.append({"prompt": prompt, "loglikelihoods": logarithms, **_told(question, Reading({way.name: best}))})
     return samples
 

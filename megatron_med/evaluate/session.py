@@ -12,7 +12,7 @@ from typing import Any
 from megatron_med.errors import ConfigError
 from megatron_med.evaluate.analysis import analyse
 from megatron_med.evaluate.catalogue import TEST, TRAIN, Task, files_beside, find_file, load_task, read_questions
-from megatron_med.evaluate.contamination import TrainingFiles, find_training_files, search
+from megatron_med.evaluate.contamination import TrainingFiles, find_training_files, hash_of, search
 from megatron_med.evaluate.fewshot import apart_from, draw
 from megatron_med.evaluate.language_model import MegatronMedLM
 from megatron_med.evaluate.questions import Question
@@ -24,6 +24,7 @@ from megatron_med.evaluate.runner import Asking, ask, rolling, summarise
 from megatron_med.evaluate.summaries import Summary, read_summaries, rouge_table
 from megatron_med.evaluate.ways import WITHOUT_ORDER, WITHOUT_SHOTS, Way, make_way
 from megatron_med.files import sha256
+from megatron_med.inference.request import no_language_model
 from megatron_med.parallel.collectives import on_first_rank
 
 
@@ -140,15 +141,26 @@ def evaluate(options: Options) -> None:
     names = ("checkpoint", "tensor", "pipeline", "precision", "base", "quantize", "batch_size", "max_length", "seed")
     model = MegatronMedLM(**{name: getattr(options, name) for name in names})
     sheet = _Sheet()
-    on_first_rank(model.context, lambda: sheet.open(options, model, papers))
-    training = None
+    _check_ways(options, model)
     if options.contamination is not None:
         training = find_training_files(options.contamination, model.loaded.tokenizer)
+        questions = {paper.task.name: paper.questions for paper in papers if paper.questions}
+        on_first_rank(model.context, lambda: sheet.look_up(training, questions))
+    on_first_rank(model.context, lambda: sheet.open(options, model, papers))
     for paper in papers:
         done = on_first_rank(model.context, partial(sheet.begin, paper.task))
         wanted = _ask(model, paper, options, done, sheet)
         sheet.finish(paper, wanted)
-    sheet.close(papers, training)
+    sheet.close()
+
+
+def _check_ways(options: Options, model: MegatronMedLM) -> None:
+    """Refuses ways that the model does not have, before a folder is touched."""
+    if "head" in options.score:
+        model.head_encoder()
+    head = model.loaded.head
+    if head is not None and set(options.score) != {"head"}:
+        raise no_language_model(head.kind)
 
 
 def _ask(model: MegatronMedLM, paper: Paper, options: Options, done: set[Key], sheet: _Sheet) -> set[Key]:
@@ -164,19 +176,20 @@ def _ask(model: MegatronMedLM, paper: Paper, options: Options, done: set[Key], s
     wanted: set[Key] = set()
     for seed in options.seeds if options.shots else [0]:
         shots = draw(paper.training, options.shots, seed) if options.shots else []
-        for way in _ways(task, options):
+        for way in _ways(paper, options):
             ask(model, task, paper.questions, way, shots, seed, done, asking, sheet.keep)
             wanted |= {(question.id, way.name, seed) for question in paper.questions}
     return wanted
 
 
-def _ways(task: Task, options: Options) -> Iterator[Way]:
+def _ways(paper: Paper, options: Options) -> Iterator[Way]:
     """Each way, and the same with the options moved; not where the model is not shown an order."""
+    task, most = paper.task, max(len(question.options) for question in paper.questions)
     for name in dict.fromkeys(options.score):
         way = make_way(name, options.samples)
         yield way
         if task.answers == "letters" and name not in WITHOUT_ORDER:
-            yield from (reordered(way, by) for by in range(1, min(options.orders, task.options or options.orders)))
+            yield from (reordered(way, by) for by in range(1, min(options.orders, most)))
 
 
 def with_other_seeds(samples: Mapping[Key, Sample], wanted: set[Key]) -> set[Key]:
@@ -199,7 +212,12 @@ class _Sheet:
         self._folder: ResultsFolder | None = None
         self._task = ""
         self._wanted: dict[str, set[Key]] = {}
+        self._found: dict[str, Any] = {}
         self._samples: dict[Key, Sample] = {}
+
+    def look_up(self, training: TrainingFiles, questions: Mapping[str, Sequence[Question]]) -> None:
+        """Searches training files for the questions."""
+        self._found = {task: one.described(training) for task, one in search(training, questions).items()}
 
     def open(self, options: Options, model: MegatronMedLM, papers: Sequence[Paper]) -> None:
         """Takes the folder, on rank 0."""
@@ -231,17 +249,17 @@ class _Sheet:
         if paper.left_out:
             print(f"  {paper.left_out} questions of the file of examples are asked, too, and were left out there")
 
-    def close(self, papers: Sequence[Paper], training: TrainingFiles | None) -> None:
+    def close(self) -> None:
         """Writes what can be said of all answers, and lets go of the folder."""
         if self._folder is None:
             return
         folder = self._folder
-        if training is not None:
-            questions = {paper.task.name: paper.questions for paper in papers if paper.questions}
-            found = search(training, questions)
-            folder.note("contamination", {task: one.described(training) for task, one in found.items()})
+        folder.note("contamination", self._found)
         for task, wanted in self._wanted.items():
             known = folder.known("contamination").get(task)
+            if known and known.get("asked") != hash_of(name for name, _, _ in wanted):
+                known = None  # other questions were looked up
+                folder.forget("clean", task)
             samples = [sample for key, sample in folder.read(task).items() if key in wanted]
             told = analyse(samples, known["found"] if known else None)
             folder.note("analysis", {task: folder.known("analysis").get(task, {}) | told})

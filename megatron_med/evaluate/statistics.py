@@ -142,9 +142,9 @@ def set_threshold(probability_of_gold: Any, miss_share: float) -> float:
     Returns:
         Options of at least this probability are the set; 0: all of them.
     """
-    scores = np.sort(1 - np.asarray(probability_of_gold, np.float64))
-    place = math.ceil((len(scores) + 1) * (1 - miss_share))
-    return 0.0 if place > len(scores) else float(1 - scores[place - 1])
+    falling = -np.sort(-np.asarray(probability_of_gold, np.float64))  # no 1 - (1 - p): that is not p
+    place = math.ceil((len(falling) + 1) * (1 - miss_share))
+    return 0.0 if place > len(falling) else float(falling[place - 1])
 
 
 @dataclass(frozen=True)

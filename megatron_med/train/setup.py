@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from megatron_med.checkpoint.folder import CheckpointState
+from megatron_med.checkpoint.folder import CheckpointState, read_state
 from megatron_med.config import Config, dump_config
 from megatron_med.config.lora import targets_of
 from megatron_med.config.schema import LANGUAGE_MODEL
 from megatron_med.data.cache import cache_folder
-from megatron_med.data.head_form import check_head
+from megatron_med.data.head_form import check_head, check_same_labels
 from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import find_tokenizer
 from megatron_med.data.streams import Corpora, open_split
@@ -120,13 +120,16 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     cache = cache_folder(data.cache_dir)
     tokenizer = find_tokenizer([*data.train, *data.valid], data.tokenizer, model.vocab_size)
     corpora = open_split(data.train, data, train.seed, model.vocab_size, cache)
-    check_head(config.model, corpora.head())
+    head = corpora.head()
+    check_head(config.model, head)
     given, config = config, with_steps(config, corpora)
     identity = _identity(config, corpora)
     on_first_rank(context, lambda: folder.check_identity(identity))
     check_groups(model, config.optimizer.groups, config.lora)
 
     source = choose_source(config, folder, context)
+    if source is not None and source.step is not None:
+        check_same_labels(head, read_state(source.step).head, str(source.step))
     new_rows = rows_to_train(config, source, tokenizer, corpora.chat())
     train_module = _built(config, context, new_rows)
     trained, frozen = _gather_names(train_module)
@@ -153,11 +156,11 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
         folder=folder,
         train_module=train_module,
         train_data=make_loader(config, context, corpora.stream(total)),
-        valid_data=_validation_data(config, context, cache),
+        valid_data=_validation_data(config, context, cache, head),
         tokenizer=tokenizer,
         progress=progress,
         chat=chat,
-        head=corpora.head(),
+        head=head,
         adapter=loaded.adapter,
         new_rows=None if "embedding.word.weight" in trained else loaded.new_rows,
         best=loaded.best,
@@ -287,13 +290,15 @@ def make_loader(config: Config, context: ParallelContext, dataset: Any) -> Batch
     )
 
 
-def _validation_data(config: Config, context: ParallelContext, cache: Path) -> BatchLoader | None:
+def _validation_data(
+    config: Config, context: ParallelContext, cache: Path, head: dict[str, Any] | None
+) -> BatchLoader | None:
     """The fixed validation samples: ``train.valid_samples``, or fewer where a corpus would repeat."""
     if not config.train.valid_interval:
         return None
     sources, data = config.data.valid, replace(config.data, samples_per_epoch=None)
     corpora = open_split(sources, data, config.train.seed, config.model.vocab_size, cache)
-    check_head(config.model, corpora.head())
+    check_same_labels(head, corpora.head(), "data.valid")
     for line in corpora.told() if context.world.is_first else ():
         print(line, flush=True)
     samples = max(1, min(config.train.valid_samples, corpora.one_pass()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -175,13 +174,62 @@ def test_what_cannot_be_compared_or_searched_is_a_message(folder: Path, tokens: 
         assert message in done.stderr
 
     not_searched(tmp_path / "empty", "no RUN, no prefix of token files")
-    side = json.loads(Path(f"{tokens}.json").read_text())
-    side["tokenizer"]["fingerprint"] = "0" * 64
-    for suffix in (".bin", ".idx"):
-        os.link(f"{tokens}{suffix}", tmp_path / f"other{suffix}")
-    (tmp_path / "other.json").write_text(json.dumps(side))
+    text = ("--input", folder / "training.jsonl")
+    other = ("--vocab-size", 300, "--output", tmp_path / "tokenizer")
+    assert python("tools/train_tokenizer.py", *text, *other).returncode == 0
+    files = ("--output-prefix", tmp_path / "other", "--tokenizer", tmp_path / "tokenizer")
+    assert python("tools/preprocess_data.py", *text, *files).returncode == 0
     not_searched(tmp_path / "other", "made with another tokenizer")
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text("data:\n  train:\n  - path: gone/tokens\n")
     not_searched(run, "gone/tokens, which is not there")
+
+
+def test_a_report_speaks_of_questions_and_not_of_draws(folder: Path) -> None:
+    """Behind several draws of examples: lengths without the examples, one answer a question, orders of one draw."""
+    training = folder / "medqa_4opt_half.jsonl"
+    rows = [json.loads(line) | {"id": f"t{n}", "question": f"Is {n} it?"} for n, line in enumerate(training.open())]
+    (folder / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shots = ("--shots", 2, "--shots-from", folder / "examples.jsonl", "--orders", 3, "--score", "letter")
+    once = _evaluate(folder, "once", *shots, "--seeds", 1)
+    thrice = _evaluate(folder, "thrice", *shots, "--seeds", 1, 2, 3)
+    first, all_of_them = (one["analysis"]["medqa_4options"]["letter"] for one in (once, thrice))
+    for name in ("lengths", "calibration", "order", "selective"):
+        assert all_of_them[name] == first[name]
+    assert max(part["words"][1] for part in first["lengths"]) < 60
+    many = _evaluate(folder, "many", "--orders", 9, "--limit", 4)
+    assert many["analysis"]["medqa_4options"]["letter"]["order"]["orders"] == 4
+
+
+def test_what_was_looked_up_is_forgotten_where_other_questions_are_asked(folder: Path) -> None:
+    _evaluate(folder, "grows", "--limit", 40, "--contamination", folder / "training.jsonl")
+    content = _evaluate(folder, "grows")
+    assert "clean" not in content["analysis"]["medqa_4options"]["letter"] or (
+        content["analysis"]["medqa_4options"]["letter"]["clean"]["count"] < 40
+    )
+    further = _evaluate(folder, "grows", "--score", "option", "--contamination", folder / "training.jsonl")
+    assert further["analysis"]["medqa_4options"]["option.sum"]["clean"]["count"] == 108
+
+
+def test_a_refused_command_leaves_the_results(folder: Path) -> None:
+    _evaluate(folder, "kept", "--limit", 10)
+    before = (folder / "kept" / "results.json").read_bytes()
+    task = ("--tasks", f"medqa_4options={folder / 'medqa_4opt_test.jsonl'}", "--checkpoint", folder / "model1")
+    for options in (("--contamination", folder / "none"), ("--score", "head")):
+        done = python("tools/evaluate.py", *task, "--output", folder / "kept", "--overwrite", *options)
+        assert done.returncode == 2
+        assert (folder / "kept" / "results.json").read_bytes() == before
+    content = json.loads(before)
+    content["tasks"]["medqa_4options"]["letter"].pop("interval")
+    shutil.copytree(folder / "kept", folder / "broken")
+    (folder / "broken" / "results.json").write_text(json.dumps(content))
+    shutil.copytree(folder / "kept", folder / "bare")
+    lines = [json.loads(line) for line in (folder / "kept" / "samples_medqa_4options.jsonl").open()]
+    for line in lines:
+        line.pop("prompt")
+    (folder / "bare" / "samples_medqa_4options.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, message in (("broken", "holds no results.json"), ("bare", "without their prompts")):
+        done = python(COMPARE, folder / "kept", folder / name, "--output", folder / "never")
+        assert done.returncode == 2
+        assert message in done.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_med.corpus.contamination import QuestionSearch, simplified_words, what_tells
 from tests.conftest import REPOSITORY
 
 EXAMPLES = REPOSITORY / "examples"
@@ -83,3 +84,10 @@ def test_no_toy_recipe_trains_on_a_scored_question(system: str) -> None:
     assert len(texts["train"]) >= 20
     assert len(texts["test"]) >= 20
     assert not texts["train"] & texts["test"]
+    sought = what_tells(([text] for text in sorted(texts["test"])), 13)
+    search = QuestionSearch()
+    for gram in sought.grams:
+        search.seek_gram(system, 0, gram, 13)
+    for text in sought.whole:
+        search.seek_whole(system, 0, text)
+    assert not [found for text in texts["train"] for found in search.hits(simplified_words(text))]

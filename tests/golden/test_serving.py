@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_med.checkpoint.adapter import weights_digest
+from megatron_med.checkpoint.folder import resolve_checkpoint
 from tests.cli.processes import python, train, write_config
 from tests.small_models import write_small_llama
 
@@ -149,7 +151,8 @@ def test_the_card_tells_base_data_licences_recipe_and_scores(folder: Path, tmp_p
     results = tmp_path / "results"
     results.mkdir()
     scores = {"medqa": {"letter": {"value": 0.25, "interval": [0.2, 0.3], "count": 40}, "letter@1": {"value": 1}}}
-    (results / "results.json").write_text(json.dumps({"tasks": scores}))
+    weights = weights_digest(resolve_checkpoint(folder / "full" / "run"))
+    (results / "results.json").write_text(json.dumps({"tasks": scores, "settings": {"weights": weights}}))
     manifest = {"sources": {"chatml": {"license": "CC BY 4.0"}}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     source = ("export", "--from", folder / "full" / "run", "--to", tmp_path / "out", "--results", results)
@@ -157,6 +160,10 @@ def test_the_card_tells_base_data_licences_recipe_and_scores(folder: Path, tmp_p
     text = (tmp_path / "out" / "README.md").read_text()
     assert "| medqa | letter | 0.2500 | 0.2000 to 0.3000 | 40 |" in text
     assert "letter@1" not in text
+    (results / "results.json").write_text(json.dumps({"tasks": scores, "settings": {"weights": "others"}}))
+    others = python("tools/convert_checkpoint.py", *source, "--overwrite")
+    assert others.returncode == 2
+    assert "the scores of other weights" in others.stderr
     refused = python("tools/convert_checkpoint.py", *source[:-1], tmp_path, "--overwrite")
     assert refused.returncode == 2
     assert "holds no results.json" in refused.stderr

@@ -106,3 +106,16 @@ def test_mcnemar_is_scipys_exact_binomial_test(first: int, second: int) -> None:
     two_sided = min(1.0, 2 * stats.binom.cdf(min(first, second), n, 0.5))
     assert found.p == pytest.approx(two_sided)
     assert ours.mcnemar(a, a).p == 1
+
+
+def test_sets_keep_their_promise_on_shares_of_few_votes() -> None:
+    """Where 1 - (1 - p) is not p."""
+    shares = [0.1, 0.3, 0.5, 0.6, 0.7]
+    for votes in shares:
+        assert ours.set_threshold([votes] * 99, 0.1) == votes
+    generator = np.random.default_rng(0)
+    covered = []
+    for _ in range(500):
+        of_gold = generator.choice(shares, 260, p=[0.05, 0.15, 0.3, 0.3, 0.2])
+        covered.append(float((of_gold[60:] >= ours.set_threshold(of_gold[:60], 0.1)).mean()))
+    assert np.mean(covered) >= 0.9

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megatron_med.checkpoint.adapter import weights_digest
 from megatron_med.checkpoint.folder import CheckpointState
 from megatron_med.config import ModelConfig
 from megatron_med.config.schema import CLASSIFICATION
@@ -34,7 +35,7 @@ def model_card(name: str, step: Path, config: ModelConfig, state: CheckpointStat
         results: folders of ``tools/evaluate.py`` whose scores are told.
 
     Raises:
-        DataError: a folder holds no results.
+        DataError: a folder holds no results, or those of another model.
     """
     run = _run_of(step)
     task = "text-classification" if config.head == CLASSIFICATION else "text-generation"
@@ -46,14 +47,19 @@ def model_card(name: str, step: Path, config: ModelConfig, state: CheckpointStat
         f"tokens and a context of {config.max_position_embeddings:,}, trained with megatron_med.\n",
         "## Intended use, and its limits\n\n" + _USE,
         "## Base\n\n" + _base(run, state),
-        "## Data\n\n" + "\n".join(_data(run)) + "\n",
+        "## Data\n\n" + "\n".join(_data(run, step)) + "\n",
         "## Recipe\n\n" + _recipe(run, state),
     ]
     if state.chat is not None:
         parts.append(f"Conversations are in the template `{state.chat['template']}` (`tokenizer_config.json`).\n")
     if state.head is not None and state.head["labels"]:
-        parts.append(f"Classes: {', '.join(state.head['labels'])}, at the last token of a text.\n")
-    parts.append("## Scores\n\n" + ("\n".join(_scores(results)) or "None are recorded.") + "\n")
+        separator = state.head["separator"]
+        form = f"context{separator}question{separator}"
+        classes = ", ".join(state.head["labels"])
+        parts.append(
+            f"Classes: {classes}, at the last token of `{form}` of at most {state.head['max_length']} tokens.\n"
+        )
+    parts.append("## Scores\n\n" + ("\n".join(_scores(results, weights_digest(step))) or "None are recorded.") + "\n")
     return "\n".join(parts)
 
 
@@ -69,24 +75,26 @@ def _base(run: dict[str, Any], state: CheckpointState) -> str:
         return f"The weights of `{load}` were trained on. The licence of that base holds for this model, too.\n"
     if state.run.get("imported"):
         return "Imported from a Hugging Face folder and not trained here: its own card and licence hold.\n"
-    return "None: trained from random weights.\n"
+    return "None: trained from random weights.\n" if run else "Not recorded in this checkpoint.\n"
 
 
-def _data(run: dict[str, Any]) -> Iterator[str]:
+def _data(run: dict[str, Any], step: Path) -> Iterator[str]:
     sources = (run.get("data") or {}).get("train") or []
     if not sources:
         yield "Not recorded."
     for source in sources:
         prefix = Path(source["path"])
-        licences = _licences(prefix)
+        licences = _licences(prefix, step)
         share = f", weight {source['weight']:g}" if source.get("weight", 1) != 1 else ""
         yield f"- `{prefix.name}`{share}: {licences or 'licence not recorded: see where it comes from'}"
 
 
-def _licences(prefix: Path) -> str:
-    """What the manifest of the corpus says of a source; the token files are called SOURCE-train."""
-    path = prefix.parent / "manifest.json"
-    if not path.is_file():
+def _licences(prefix: Path, step: Path) -> str:
+    """What the manifest of the corpus says of a source; the token files are called SOURCE-train. A path that is not
+    whole begins where the run was started: here, or somewhere above the checkpoint."""
+    places = (folder / prefix.parent / "manifest.json" for folder in (Path(), *step.resolve().parents))
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
         return ""
     sources = json.loads(path.read_text(encoding="utf-8")).get("sources", {})
     source = sources.get(prefix.name) or sources.get(prefix.name.rpartition("-")[0]) or {}
@@ -106,19 +114,29 @@ def _recipe(run: dict[str, Any], state: CheckpointState) -> str:
     return "".join(f"- {name}: {value}\n" for name, value in facts.items())
 
 
-def _scores(results: Sequence[Path]) -> Iterator[str]:
+def _scores(results: Sequence[Path], weights: str) -> Iterator[str]:
     if results:
         yield "| task | way | value | 95 % interval | questions |\n|---|---|---|---|---|"
     for folder in results:
         try:
-            tasks = json.loads((folder / "results.json").read_text(encoding="utf-8"))["tasks"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            rows = list(_rows(content["tasks"]))
+            other = content["settings"]["weights"] != weights
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{folder} holds no results.json of tools/evaluate.py: name its --output folder."
             ) from error
-        for task, metrics in tasks.items():
-            for metric, found in metrics.items():
-                if "@" not in metric:
-                    low, high = found["interval"]
-                    value = f"{found['value']:.4f} | {low:.4f} to {high:.4f}"
-                    yield f"| {task} | {metric} | {value} | {found['count']} |"
+        if other:
+            raise DataError(
+                f"{folder} holds the scores of other weights ({content['settings'].get('checkpoint')}): a card tells "
+                "those of its own model."
+            )
+        yield from rows
+
+
+def _rows(tasks: dict[str, Any]) -> Iterator[str]:
+    for task, metrics in tasks.items():
+        for metric, found in metrics.items():
+            if "@" not in metric:
+                low, high = found["interval"]
+                yield f"| {task} | {metric} | {found['value']:.4f} | {low:.4f} to {high:.4f} | {found['count']} |"

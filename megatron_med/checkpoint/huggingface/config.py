@@ -101,13 +101,19 @@ def _from_known(config: dict[str, Any]) -> ModelConfig:
 
 
 def to_huggingface(
-    model: ModelConfig, dtype: str, bos_id: int | None, eos_id: int | None, labels: Sequence[str] = ()
+    model: ModelConfig,
+    dtype: str,
+    bos_id: int | None,
+    eos_id: int | None,
+    labels: Sequence[str] = (),
+    pad_id: int | None = None,
 ) -> dict[str, Any]:
-    """``config.json`` for an exported model, read by transformers 4 and 5; ``labels`` of a classification."""
+    """``config.json`` for an exported model, read by transformers 4 and 5; ``labels`` and ``pad_id`` of a
+    classification."""
     scores = {
         "id2label": {str(number): label for number, label in enumerate(labels)},
         "label2id": {label: number for number, label in enumerate(labels)},
-        "pad_token_id": eos_id,  # ends no text that is classified
+        "pad_token_id": pad_id,
         "problem_type": "single_label_classification",
     }
     common = {

@@ -20,7 +20,7 @@ from megatron_med.checkpoint.huggingface.checks import check_tensors
 from megatron_med.checkpoint.huggingface.config import from_huggingface, read_config, to_huggingface
 from megatron_med.checkpoint.huggingface.files import open_tensors, write_tensors
 from megatron_med.checkpoint.huggingface.mapping import TensorMap, tensor_maps
-from megatron_med.checkpoint.huggingface.tokenizer import generation_config, write_tokenizer
+from megatron_med.checkpoint.huggingface.tokenizer import generation_config, padding_of, write_tokenizer
 from megatron_med.checkpoint.huggingface.verify import verify_logits
 from megatron_med.checkpoint.load import verify_checkpoint
 from megatron_med.checkpoint.storage import Reader, write_streaming
@@ -136,12 +136,13 @@ def export_huggingface(
         shapes = {name: shape for m in maps for name, shape in m.hf_shapes(config.vocab_size).items()}
         write_tensors(partial, shapes, torch_dtype, _one_ahead(_exported(step, maps, torch_dtype)))
         labels = state.head["labels"] if state.head else ()
+        pad = padding_of(loaded) if loaded is not None and labels else None
         bos = loaded.bos_id if loaded else None
         eos = loaded.eod_id if loaded else None
-        write_json(partial / "config.json", to_huggingface(config, _HF_DTYPES[torch_dtype], bos, eos, labels))
+        write_json(partial / "config.json", to_huggingface(config, _HF_DTYPES[torch_dtype], bos, eos, labels, pad))
         write_json(partial / "generation_config.json", generation_config(loaded, state.chat))
         if loaded is not None:
-            write_tokenizer(partial, loaded, config.max_position_embeddings, state.chat)
+            write_tokenizer(partial, loaded, config.max_position_embeddings, state.chat, pad)
         write_text(partial / CARD, model_card(target.resolve().name, step, config, state, results))
         if verify:
             verify_logits(partial, step, config, loaded, rounded=torch_dtype)

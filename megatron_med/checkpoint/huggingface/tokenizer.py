@@ -12,7 +12,9 @@ from megatron_med.tokenizer.fast import fast_tokenizer
 from megatron_med.tokenizer.load import SentencePieceTokenizer
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, longest: int, chat: dict[str, Any] | None) -> None:
+def write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, longest: int, chat: dict[str, Any] | None, pad: int | None = None
+) -> None:
     """Writes the tokenizer's files, and what they leave open.
 
     Args:
@@ -20,6 +22,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, longest: int, chat: dict
         tokenizer: of the model.
         longest: sequence that the model takes.
         chat: ``chat_template, turn_end_id`` of the conversations that the model was trained on.
+        pad: id that fills texts of a batch up, where the model classifies.
     """
     tokenizer.copy_to(folder)
     if isinstance(tokenizer, SentencePieceTokenizer):
@@ -31,12 +34,20 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, longest: int, chat: dict
     config["model_max_length"] = longest
     if isinstance(tokenizer, SentencePieceTokenizer) and "added_tokens_decoder" in config:
         config["added_tokens_decoder"] = _control_tokens(tokenizer) | config["added_tokens_decoder"]
+    if pad is not None:
+        config["pad_token"] = tokenizer.special_tokens()[pad]
     if chat is not None:
         config["chat_template"] = chat["chat_template"]
         (folder / "chat_template.jinja").unlink(missing_ok=True)  # of the model before; it would win
         if "legacy" in config:
             config["legacy"] = False  # texts behind special tokens are no texts of their own
     write_json(path, config, ensure_ascii=False)
+
+
+def padding_of(tokenizer: Tokenizer) -> int | None:
+    """The id that fills texts up: [PAD] where there is one, else the end of a document, which ends no text here."""
+    named = {name: number for number, name in tokenizer.special_tokens().items()}
+    return named.get("[PAD]", tokenizer.eod_id)
 
 
 def generation_config(tokenizer: Tokenizer | None, chat: dict[str, Any] | None) -> dict[str, Any]:
