@@ -17,7 +17,11 @@ from megatron_med.plan.predict import plan
 from tests.cli.processes import TIMEOUT, TRAIN, started_forked, train, write_config
 from tests.conftest import REPOSITORY
 
-RECIPES = sorted(path.with_suffix(".yaml") for path in (REPOSITORY / "examples").glob("*/*.sbatch"))
+RECIPES = sorted(
+    path.with_suffix(".yaml")
+    for path in (REPOSITORY / "examples").glob("*/*.sbatch")
+    if path.parent.name != "meditron" and path.stem != "13b"  # a link, and the same as 7b but for its size
+)
 LAPTOP = [
     *sorted((REPOSITORY / "examples" / "quickstart").glob("*.yaml")),
     REPOSITORY / "examples" / "gap_replay" / "sample_run.yaml",

@@ -413,7 +413,19 @@ RECIPES = {
         for size in ("7b", "13b")
         for base in ("int8", "nf4")
     },
+    **{f"biomedlm/finetune/{task}.yaml": (8, "a100-80g:1x8") for task in ("medqa", "pubmedqa", "bioasq", "meqsum")},
 }
+STARTED = {
+    "gap_replay/sft/70b.yaml",
+    "biomed_llama/instruct/mixture_b.yaml",
+    "medalpaca/alpaca_13b.yaml",
+    "medalpaca/medalpaca_7b_lora.yaml",
+    "medalpaca/medalpaca_7b_lora_int8.yaml",
+    "medalpaca/medalpaca_13b_lora_nf4.yaml",
+    "biomedlm/finetune/medqa.yaml",
+    "biomedlm/finetune/meqsum.yaml",
+}
+"""Those that are started dry; the others differ from one of them in size or data only."""
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -423,6 +435,8 @@ def test_recipes_are_planned_and_started_dry(name: str) -> None:
     planned = python("tools/plan.py", recipe, "--cluster", cluster)
     assert planned.returncode == 0, planned.stdout + planned.stderr
     assert "fits:" in planned.stdout
+    if name not in STARTED:
+        return
     dry = python("-m", "megatron_med.train", recipe, "--dry-run", "--world-size", ranks, "--rank", ranks // 2)
     assert dry.returncode == 0, dry.stderr
     assert "absent: " in dry.stdout

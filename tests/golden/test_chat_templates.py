@@ -134,6 +134,7 @@ def test_published_prompts_to_the_letter(tmp_path: Path) -> None:
                 "<|start_header_id|>assistant<|end_header_id|>\n\nYes.<|eot_id|>",
             )
         ],
+        "biomedlm_summary": [([plain, answer], "Q?<|startoftext|>Yes.</s>")],
     }
     assert sorted(expected) == template_names()
     tokenizer = _small(tmp_path)
@@ -150,7 +151,7 @@ def _small(folder: Path) -> Tokenizer:
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator([], tokenizers.trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet))
     names = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>"]
-    backend.add_special_tokens([*names, "<|end_header_id|>", "<|eot_id|>"])
+    backend.add_special_tokens([*names, "<|end_header_id|>", "<|eot_id|>", "<|startoftext|>"])
     backend.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     return load_tokenizer(folder)

@@ -3,8 +3,8 @@
     python examples/biomedlm/finetune/halves.py --questions pubmedqa.json --text abstracts.jsonl --output out/halves
 
 A small GPT-2 reads the abstracts first, then a head is tuned on one half, for three draws of the halves; the other half
-is scored. Tells the right answers of all three with the binomial p against chance (a third) and against always saying
-the most frequent answer.
+is scored. Tells the right answers of each with the binomial p against chance (a third) and against always saying the
+most frequent answer. The halves of different draws overlap, so that their counts are not to be added.
 """
 
 from __future__ import annotations
@@ -37,16 +37,12 @@ def main() -> None:
     out.mkdir(parents=True)
     _pretrain(out, arguments.text.resolve(), arguments.pretraining_steps)
     records = json.loads(arguments.questions.read_text(encoding="utf-8"))
-    right = questions = frequent = 0
     for seed in SEEDS:
-        found = _one_half(out, records, seed, arguments.steps)
-        right, questions, frequent = (
-            total + new for total, new in zip((right, questions, frequent), found, strict=True)
-        )
-        print(f"seed {seed}: {found[0]} of {found[1]} right; the tuned half's most frequent answer: {found[2]}")
-    for name, share in (("a third", 1 / 3), ("the most frequent answer", frequent / questions)):
-        p = binomtest(right, questions, share, alternative="greater").pvalue
-        print(f"{right} of {questions} ({right / questions:.4f}) against {name} ({share:.4f}): binomial p {p:.3g}")
+        right, questions, frequent = _one_half(out, records, seed, arguments.steps)
+        print(f"seed {seed}: {right} of {questions} right ({right / questions:.4f})")
+        for name, share in (("a third", 1 / 3), ("the most frequent answer", frequent / questions)):
+            p = binomtest(right, questions, share, alternative="greater").pvalue
+            print(f"  against {name} ({share:.4f}): binomial p {p:.3g}")
 
 
 def _pretrain(out: Path, text: Path, steps: int) -> None:
