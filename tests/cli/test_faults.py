@@ -40,23 +40,25 @@ def config(tmp_path: Path, sample_data: Path) -> Path:
 
 def _workers(launcher: int) -> list[int]:
     """Process ids of the ranks below a launcher."""
-    found = []
-    for pid in descendants(launcher):
-        try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if b"megatron_med.train" in command and b"torch.distributed.run" not in command:
-            found.append(pid)
-    return found
+    commands = {pid: _command(pid) for pid in descendants(launcher)}
+    return [
+        pid
+        for pid, command in commands.items()
+        if b"megatron_med.train" in command and b"torch.distributed.run" not in command
+    ]
+
+
+def _command(pid: int) -> list[bytes]:
+    """Words of a process' command; none where it has ended since it was listed."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return []
 
 
 def _launcher(script: int) -> int:
     """Process id of torchrun below ``launch.sh``."""
-    below = [
-        pid for pid in descendants(script) if b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    return below[0]
+    return next(pid for pid in descendants(script) if b"torch.distributed.run" in _command(pid))
 
 
 def _final(run: Path) -> dict[str, np.ndarray]:

@@ -423,7 +423,6 @@ STARTED = {
     "medalpaca/medalpaca_7b_lora_int8.yaml",
     "medalpaca/medalpaca_13b_lora_nf4.yaml",
     "biomedlm/finetune/medqa.yaml",
-    "biomedlm/finetune/meqsum.yaml",
 }
 """Those that are started dry; the others differ from one of them in size or data only."""
 
