@@ -50,19 +50,29 @@ class ConversationSet:
         return len(self.numbers)
 
 
+def open_beside(prefix: str | Path, other: Path, cache: Path) -> ConversationSet:
+    """Opens token files and the file that says, a byte a token, what each token is; all documents are kept.
+
+    Raises:
+        DataError: they do not belong together.
+    """
+    tokens, roles = IndexedDataset(prefix), IndexedDataset(other)
+    if len(tokens) != len(roles) or not np.array_equal(tokens.sizes, roles.sizes):
+        raise DataError(f"{roles.bin_path} does not belong to {tokens.bin_path}: write both again.")
+    files = [tokens.idx_path, tokens.bin_path, roles.idx_path, roles.bin_path]
+    facts = remembered(cache, files, lambda: {"fingerprint": f"{fingerprint(tokens)}+{fingerprint(roles)}"})
+    lengths = tokens.sizes.astype(np.int64)
+    return ConversationSet(tokens, roles, facts["fingerprint"], np.arange(len(lengths)), lengths)
+
+
 def open_conversations(prefix: str | Path, data: DataConfig, cache: Path) -> ConversationSet:
     """Opens a corpus and settles what is too long for a sample.
 
     Raises:
         DataError: files that do not belong together, or a conversation that is too long.
     """
-    tokens, roles = IndexedDataset(prefix), IndexedDataset(roles_prefix(prefix))
-    if len(tokens) != len(roles) or not np.array_equal(tokens.sizes, roles.sizes):
-        raise DataError(f"{roles.bin_path} does not belong to {tokens.bin_path}: write both again.")
-    files = [tokens.idx_path, tokens.bin_path, roles.idx_path, roles.bin_path]
-    facts = remembered(cache, files, lambda: {"fingerprint": f"{fingerprint(tokens)}+{fingerprint(roles)}"})
-    lengths = tokens.sizes.astype(np.int64)
-    found = ConversationSet(tokens, roles, facts["fingerprint"], np.arange(len(lengths)), lengths)
+    found = open_beside(prefix, roles_prefix(prefix), cache)
+    lengths = found.lengths
     long = np.flatnonzero(lengths > data.sequence_length + 1)
     if len(long):
         _settle_long(found, long, data)

@@ -13,10 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_med.config.schema import MULTIPLE_CHOICE, DataConfig, DataSource
-from megatron_med.data.cache import remembered
-from megatron_med.data.gpt import fingerprint
-from megatron_med.data.indexed import IndexedDataset
-from megatron_med.data.instruct import ConversationSet, ConversationStream, Numbers
+from megatron_med.data.instruct import ConversationSet, ConversationStream, Numbers, open_beside
 from megatron_med.data.sample import Sample, pieces
 from megatron_med.errors import DataError
 
@@ -35,14 +32,9 @@ def open_labelled(prefix: str | Path, data: DataConfig, cache: Path) -> Conversa
     Raises:
         DataError: files that do not belong together, or a document that is too long.
     """
-    tokens, labels = IndexedDataset(prefix), IndexedDataset(labels_prefix(prefix))
-    if len(tokens) != len(labels) or not np.array_equal(tokens.sizes, labels.sizes):
-        raise DataError(f"{labels.bin_path} does not belong to {tokens.bin_path}: write both again.")
-    files = [tokens.idx_path, tokens.bin_path, labels.idx_path, labels.bin_path]
-    facts = remembered(cache, files, lambda: {"fingerprint": f"{fingerprint(tokens)}+{fingerprint(labels)}"})
-    lengths = tokens.sizes.astype(np.int64)
+    found = open_beside(prefix, labels_prefix(prefix), cache)
+    lengths = found.lengths
     long = np.flatnonzero(lengths > data.sequence_length)
-    told: list[str] = []
     if len(long) and data.truncate != "drop":
         raise DataError(
             f"{prefix}: {len(long):,} of {len(lengths):,} documents do not fit into data.sequence_length = "
@@ -50,11 +42,12 @@ def open_labelled(prefix: str | Path, data: DataConfig, cache: Path) -> Conversa
             "drop, or make the files with a smaller --max-length."
         )
     if len(long):
-        told.append(f"{prefix}: {len(long):,} documents are too long and are left out")
+        found.told.append(f"{prefix}: {len(long):,} documents are too long and are left out")
     keep = np.setdiff1d(np.arange(len(lengths)), long)
     if not len(keep):
         raise DataError(f"{prefix} has no document of at most data.sequence_length tokens. Raise it.")
-    return ConversationSet(tokens, labels, facts["fingerprint"], keep, lengths[keep], told)
+    found.numbers, found.lengths = keep, lengths[keep]
+    return found
 
 
 class LabelledStream(ConversationStream):

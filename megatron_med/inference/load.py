@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from megatron_med.checkpoint.adapter import quantize_of, weights_digest
 from megatron_med.checkpoint.folder import MANIFEST, TOKENIZER, CheckpointState, read_state, resolve_checkpoint
+from megatron_med.checkpoint.huggingface.config import read_settings
 from megatron_med.checkpoint.huggingface.load import huggingface_model, is_huggingface, load_huggingface_stage
 from megatron_med.checkpoint.load import load_stage, verify_checkpoint
 from megatron_med.config import ModelConfig, ParallelConfig, model_from_dict
@@ -202,21 +202,11 @@ def _end_ids(tokenizer: Tokenizer | None, state: CheckpointState) -> frozenset[i
     return frozenset(end for end in ends if end is not None)
 
 
-def _json_of(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}). Get the whole file.") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no object with settings. Get the whole file.")
-    return content
-
-
 def _listed_ends(folder: Path) -> list[int]:
     """What ``generation_config.json``, or else ``config.json``, says ends a text."""
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        settings: dict[str, Any] = _json_of(path) if path.is_file() else {}
+        settings: dict[str, Any] = read_settings(path, "generation") if path.is_file() else {}
         ends = settings.get("eos_token_id")
         if ends is not None:
             return [int(end) for end in (ends if isinstance(ends, list) else [ends])]
