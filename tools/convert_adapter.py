@@ -17,6 +17,9 @@ def main() -> None:
     importing = directions.add_parser("import", help="PEFT folder -> checkpoint of adapters")
     merging = directions.add_parser("merge", help="adapters and base -> checkpoint of a whole model")
     exporting.add_argument("--base-model", help="Hugging Face's name or folder of the base, for adapter_config.json")
+    exporting.add_argument(
+        "--results", type=Path, nargs="+", default=[], help="folders of evaluate.py whose scores the model card tells"
+    )
     merging.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the merged weights (default fp32)"
     )
@@ -38,7 +41,8 @@ def main() -> None:
         step = import_adapter(source, target, base, overwrite=arguments.overwrite)
         print(f"imported {source} to {step}")
     elif arguments.direction == "export":
-        export_adapter(source, target, base_model=arguments.base_model, base=base, overwrite=arguments.overwrite)
+        chosen = {"base_model": arguments.base_model, "results": arguments.results}
+        export_adapter(source, target, base=base, overwrite=arguments.overwrite, **chosen)
         print(f"exported {source} to {target}")
     else:
         step, _ = open_adapter(source)

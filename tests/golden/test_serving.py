@@ -167,3 +167,22 @@ def test_the_card_tells_base_data_licences_recipe_and_scores(folder: Path, tmp_p
     refused = python("tools/convert_checkpoint.py", *source[:-1], tmp_path, "--overwrite")
     assert refused.returncode == 2
     assert "holds no results.json" in refused.stderr
+
+
+def test_the_card_of_adapters_names_their_base_whole_or_merged(folder: Path) -> None:
+    text = (folder / "peft" / "README.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["library_name"], front["base_model"]) == ("peft", str(folder / "base_hf"))
+    adapters = "- adapters: rank 32, alpha 64, on q_proj, "
+    for words in ("Not medical advice", "To be loaded beside", "- steps: 120", adapters, "`alpaca`: licence"):
+        assert words in text
+    merged = (folder / "merged_hf" / "README.md").read_text()
+    base = resolve_checkpoint(folder / "base")
+    for words in (f"merged into the weights of `{base}`", "- steps: 120", adapters, "`alpaca`: licence"):
+        assert words in merged
+
+
+def test_an_adapter_without_a_base_that_peft_can_read_is_told_of(folder: Path, tmp_path: Path) -> None:
+    done = python("tools/convert_adapter.py", "export", "--from", folder / "lora" / "run", "--to", tmp_path / "peft")
+    assert done.returncode == 0
+    assert "a checkpoint that PEFT cannot read: with --base-model" in done.stdout

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_med.checkpoint.adapter import weights_digest
-from megatron_med.checkpoint.folder import CheckpointState
+from megatron_med.checkpoint.folder import CheckpointState, step_of
 from megatron_med.config import ModelConfig
 from megatron_med.config.schema import CLASSIFICATION
 from megatron_med.errors import DataError
@@ -25,7 +25,15 @@ Whoever builds on it has to test it for that use, with people who know the field
 """
 
 
-def model_card(name: str, step: Path, config: ModelConfig, state: CheckpointState, results: Sequence[Path] = ()) -> str:
+def model_card(
+    name: str,
+    step: Path,
+    config: ModelConfig,
+    state: CheckpointState,
+    results: Sequence[Path] = (),
+    *,
+    base_model: str | None = None,
+) -> str:
     """Markdown with the metadata that model hubs read.
 
     Args:
@@ -33,22 +41,32 @@ def model_card(name: str, step: Path, config: ModelConfig, state: CheckpointStat
         step: folder of the checkpoint; what its run tells is read from the folders above it.
         config, state: of the checkpoint.
         results: folders of ``tools/evaluate.py`` whose scores are told.
+        base_model: what adapters are loaded beside; None for whole weights.
 
     Raises:
         DataError: a folder holds no results, or those of another model.
     """
-    run = _run_of(step)
+    written_by = Path(state.run["merged"]["adapter"]) if "merged" in state.run else step
+    run = _run_of(written_by)
     task = "text-classification" if config.head == CLASSIFICATION else "text-generation"
-    front = {"library_name": "transformers", "pipeline_tag": task, "tags": ["medical", "megatron_med", config.family]}
+    front = {
+        "library_name": "transformers" if base_model is None else "peft",
+        "pipeline_tag": task,
+        "tags": ["medical", "megatron_med", config.family],
+    }
+    if base_model is not None:
+        front["base_model"] = base_model
+    kind = "A" if base_model is None else "Adapters (LoRA) of a"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {name}\n",
-        f"A {config.family} model of {config.num_layers} layers, {config.hidden_size} wide, with {config.vocab_size:,} "
-        f"tokens and a context of {config.max_position_embeddings:,}, trained with megatron_med.\n",
+        f"{kind} {config.family} model of {config.num_layers} layers, {config.hidden_size} wide, with "
+        f"{config.vocab_size:,} tokens and a context of {config.max_position_embeddings:,}, trained with "
+        "megatron_med.\n",
         "## Intended use, and its limits\n\n" + _USE,
-        "## Base\n\n" + _base(run, state),
-        "## Data\n\n" + "\n".join(_data(run, step)) + "\n",
-        "## Recipe\n\n" + _recipe(run, state),
+        "## Base\n\n" + _base(run, state, base_model),
+        "## Data\n\n" + "\n".join(_data(run, written_by)) + "\n",
+        "## Recipe\n\n" + _recipe(run, written_by),
     ]
     if state.chat is not None:
         parts.append(f"Conversations are in the template `{state.chat['template']}` (`tokenizer_config.json`).\n")
@@ -69,7 +87,12 @@ def _run_of(step: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _base(run: dict[str, Any], state: CheckpointState) -> str:
+def _base(run: dict[str, Any], state: CheckpointState, base_model: str | None) -> str:
+    if base_model is not None:
+        return f"To be loaded beside `{base_model}`. The licence of that base holds for these adapters, too.\n"
+    if "merged" in state.run:
+        base = state.run["merged"]["base"]
+        return f"Adapters (LoRA) were merged into the weights of `{base}`. The licence of that base holds here, too.\n"
     load = (run.get("checkpoint") or {}).get("load")
     if load:
         return f"The weights of `{load}` were trained on. The licence of that base holds for this model, too.\n"
@@ -101,16 +124,20 @@ def _licences(prefix: Path, step: Path) -> str:
     return str(source.get("license", ""))
 
 
-def _recipe(run: dict[str, Any], state: CheckpointState) -> str:
+def _recipe(run: dict[str, Any], step: Path) -> str:
+    steps = step_of(step)
     if not run:
-        return f"Step {state.step:,}.\n"
+        return f"Step {steps:,}.\n"
     train, optimizer = run["train"], run.get("optimizer") or {}
+    lora = run.get("lora") or {}
     facts = {
-        "steps": f"{state.step:,}",
+        "steps": f"{steps:,}",
         "global batch": f"{train['global_batch_size']:,} samples of {run['data']['sequence_length']:,} tokens",
         "optimizer": f"{optimizer.get('name')}, lr {optimizer.get('lr')}, weight decay {optimizer.get('weight_decay')}",
         "precision": run.get("precision"),
     }
+    if lora.get("rank"):
+        facts["adapters"] = f"rank {lora['rank']}, alpha {lora['alpha']:g}, on {', '.join(lora['targets'])}"
     return "".join(f"- {name}: {value}\n" for name, value in facts.items())
 
 

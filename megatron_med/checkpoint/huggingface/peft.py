@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from megatron_med.checkpoint import folder as folders
 from megatron_med.checkpoint.adapter import MERGE, base_of, describe_adapter, lora_of
 from megatron_med.checkpoint.create import new_step, refuse_overlap
 from megatron_med.checkpoint.folder import CheckpointState
+from megatron_med.checkpoint.huggingface.card import CARD, model_card
 from megatron_med.checkpoint.huggingface.config import read_settings
 from megatron_med.checkpoint.huggingface.files import open_tensors
 from megatron_med.checkpoint.huggingface.mapping import tensor_maps
@@ -27,7 +28,7 @@ from megatron_med.config import ModelConfig, model_from_dict
 from megatron_med.config.lora import LORA_TARGETS, targets_of
 from megatron_med.config.schema import LoRAConfig
 from megatron_med.errors import CheckpointError
-from megatron_med.files import write_json
+from megatron_med.files import write_json, write_text
 from megatron_med.model.build import build_stage
 from megatron_med.model.lora import add_adapters
 from megatron_med.outputs import output_folder, refuse_existing
@@ -100,9 +101,15 @@ def adapter_tensors(model: ModelConfig, lora: LoRAConfig) -> list[AdapterTensor]
 
 
 def export_adapter(
-    source: Path, target: Path, *, base_model: str | None = None, base: Path | None = None, overwrite: bool = False
+    source: Path,
+    target: Path,
+    *,
+    base_model: str | None = None,
+    base: Path | None = None,
+    overwrite: bool = False,
+    results: Sequence[Path] = (),
 ) -> None:
-    """Writes the adapters of a checkpoint as a PEFT folder, with the tokenizer and its chat template.
+    """Writes the adapters of a checkpoint as a PEFT folder, with the tokenizer, its chat template and a model card.
 
     Args:
         source: RUN, RUN/checkpoints or one step, of adapters.
@@ -110,6 +117,7 @@ def export_adapter(
         base_model: Hugging Face's name or folder of the base; None: the path of ours.
         base: where the base is; None: where it was.
         overwrite: replace ``target``.
+        results: folders of ``tools/evaluate.py`` whose scores the card tells.
     """
     step, state = open_adapter(source)
     refuse_overlap(target, step)
@@ -122,6 +130,11 @@ def export_adapter(
     model, lora = model_from_dict(state.model), lora_of(state)
     named = base_of(step, state, base) if base is not None or base_model is None else None
     recorded = base_model or str(named)
+    if base_model is None:
+        print(
+            f"{CONFIG} names {recorded} as the base, a checkpoint that PEFT cannot read: with --base-model it names "
+            "the Hugging Face folder or model that the adapters are loaded beside"
+        )
     stored = step / folders.TOKENIZER
     tokenizer = load_tokenizer(stored) if stored.is_dir() else None
     with output_folder(target, overwrite) as partial:
@@ -133,6 +146,8 @@ def export_adapter(
         write_json(partial / CONFIG, _to_peft(model, lora, recorded))
         if tokenizer is not None:
             write_tokenizer(partial, tokenizer, model.max_position_embeddings, state.chat)
+        card = model_card(target.resolve().name, step, model, state, results, base_model=recorded)
+        write_text(partial / CARD, card)
 
 
 def open_adapter(source: Path) -> tuple[Path, CheckpointState]:
