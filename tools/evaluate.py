@@ -30,7 +30,8 @@ def main() -> None:
             print(f"{name}: {load_task(name).source}")
         return
     try:
-        from megatron_med.evaluate.session import Options, evaluate
+        from megatron_med.evaluate.options import Options
+        from megatron_med.evaluate.session import evaluate
     except ImportError as error:
         raise ConfigError(f"lm-eval is not installed ({error}): pip install 'megatron_med[evaluate]'.") from error
     try:

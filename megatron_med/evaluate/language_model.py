@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,8 @@ class MegatronMedLM(TemplateLM):
         precision: fp32 or bf16.
         base: of adapters, where it is no longer where they were trained.
         quantize: none, int8 or nf4; None: as it was trained.
-        batch_size: sequences that are written at the same time.
+        batch_size: sequences that are written at the same time; 1, which lm-eval passes unasked, means 16.
+        slots: the same, taken as it is.
         max_length: tokens that the model reads at most; None: its positions.
         seed: of sampled texts.
         context: the grid; None: made of ``tensor``, ``pipeline`` and the ranks that torchrun has started.
@@ -86,6 +87,7 @@ class MegatronMedLM(TemplateLM):
         base: str | None = None,
         quantize: str | None = None,
         batch_size: int | str = 16,
+        slots: int | None = None,
         max_length: int | None = None,
         seed: int = 0,
         context: ParallelContext | None = None,
@@ -101,7 +103,7 @@ class MegatronMedLM(TemplateLM):
         self.loaded = load_model(checkpoint, self.context, Settings(DTYPES[precision], None, base, quantize))
         self.model = self.loaded.model
         self.tokenizer = _tokenizer(self.loaded)
-        self._slots = int(batch_size) if str(batch_size).isdigit() and int(batch_size) > 1 else 16
+        self._slots = slots or (int(batch_size) if str(batch_size).isdigit() and int(batch_size) > 1 else 16)
         longest = self.model.config.max_position_embeddings
         self._max_length = int(max_length or longest)
         if self._max_length > longest:
@@ -170,7 +172,7 @@ class MegatronMedLM(TemplateLM):
         return self.apply_chat_template([{"role": "user", "content": prompt}])
 
     def head_encoder(self) -> tuple[HeadEncoder, HeadForm]:
-        """Makes the sequences that the model's head scores.
+        """Makes the sequences that the model's head scores, as long as those that it was trained on at most.
 
         Raises:
             ConfigError: it is a language model.
@@ -180,6 +182,7 @@ class MegatronMedLM(TemplateLM):
             raise ConfigError(
                 f"{self.loaded.source} is a language model, without a head that scores: leave --score head out."
             )
+        form = replace(form, max_length=min(form.max_length, self.max_length))
         return HeadEncoder(form, tokenizer), form
 
     def head_scores(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:

@@ -73,10 +73,10 @@ def _accuracies(tasks: Mapping[str, Any]) -> str:
                 values.append((f"{task}: {metric}", found["value"], low, high))
             rows.append(
                 [f"{task}: {metric}", f"{found['value']:.4f}", f"{low:.4f} to {high:.4f}", found["count"]]
-                + [found.get(name, 0) for name in ("unparsed", "too_long", "ties")]
+                + [found.get(name, 0) for name in ("unparsed", "too_long", "cut", "ties")]
                 + [f"{found['spread']:.4f}" if "spread" in found else ""]
             )
-    header = ["task: metric", "value", "95 % interval", "questions", "unparsed", "too long", "ties", "spread"]
+    header = ["task: metric", "value", "95 % interval", "questions", "unparsed", "too long", "cut", "ties", "spread"]
     shown = table(header, rows)
     if values:
         shown += figure(pictures.accuracies(values), "Accuracy with its 95 % bootstrap interval")

@@ -178,6 +178,7 @@ def accuracies(samples: Iterable[Sample], wanted: set[Key]) -> dict[str, dict[st
             unparsed[metric] += letter is None
             counted = others.setdefault(metric, Counter())
             counted["too_long"] += bool(sample.get("too_long"))
+            counted["cut"] += bool(sample.get("cut"))
             counted["ties"] += bool(sample.get("tie"))
     table = {}
     for metric, by_seed in hits.items():
@@ -218,7 +219,8 @@ def describe(task: str, table: Mapping[str, Mapping[str, Any]], gold: Mapping[st
         if ORDER in metric:
             continue
         low, high = found["interval"]
-        notes = [f"{name} {found[name]:.4g}" for name in ("unparsed", "too_long", "ties", "spread") if found.get(name)]
+        told = ("unparsed", "too_long", "cut", "ties", "spread")
+        notes = [f"{name} {found[name]:.4g}" for name in told if found.get(name)]
         if found.get("too_long"):
             notes.append("--truncate left cuts what is too long")
         if found.get("answers"):

@@ -104,10 +104,14 @@ def _by_likelihood(
 def _by_head(model: MegatronMedLM, block: Sequence[Question], way: HeadWay) -> list[Sample]:
     """Log-probabilities of the options, in the order of the letters."""
     encoder, form = model.head_encoder()
-    sequences = [encoder.sequences(question) for question in block]
+    sequences, cuts = [], []
+    for question in block:
+        before = encoder.cut
+        sequences.append(encoder.sequences(question))
+        cuts.append(encoder.cut > before)
     scores = iter(model.head_scores([ids for some in sequences for ids in some]))
     samples = []
-    for question, some in zip(block, sequences, strict=True):
+    for question, some, cut in zip(block, sequences, cuts, strict=True):
         found = [next(scores) for _ in some]
         if form.kind == MULTIPLE_CHOICE:
             values = [score for (score,) in found]
@@ -117,7 +121,8 @@ def _by_head(model: MegatronMedLM, block: Sequence[Question], way: HeadWay) -> l
         logarithms = log_softmax(values)
         best = question.letters[max(range(len(values)), key=lambda place: values[place])]
         prompt = "\n".join(str(model.tokenizer.decode(ids)) for ids in some)
-        samples.append({"prompt": prompt, "loglikelihoods": logarithms, **_told(question, Reading({way.name: best}))})
+        told = _told(question, Reading({way.name: best})) | ({"cut": True} if cut else {})
+        samples.append({"prompt": prompt, "loglikelihoods": logarithms, **told})
     return samples
 
 

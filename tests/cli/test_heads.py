@@ -85,6 +85,10 @@ def test_a_choice_is_tuned_goes_on_and_is_scored_on_any_grid(folder: Path, tmp_p
     assert found["count"] == 100
     assert found["value"] > 0.45, "the head has learnt nothing"
     assert "calibration" in content["analysis"]["medqa_4options"]["head"]
+    assert "cut" not in found
+    short = ("--checkpoint", run, "--tasks", f"medqa_4options={folder / 'test.jsonl'}", "--score", "head", "--limit", 9)
+    done = python("tools/evaluate.py", *short, "--max-length", 8, "--output", tmp_path / "short")
+    assert "of 9, cut 9" in done.stdout.replace(";", ","), done.stderr
     grid = ("--tensor", 2, "--pipeline", 2, "--checkpoint", run, "--score", "head", "--output", tmp_path / "grid")
     task = f"medqa_4options={folder / 'test.jsonl'}"
     with started_ranks(range(8), 8, "tools/evaluate.py", "--tasks", task, *grid) as processes:
