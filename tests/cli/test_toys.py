@@ -33,16 +33,42 @@ SYSTEMS = {
     ),
 }
 
+WITHOUT_COMPILER = "medalpaca"
+NOT_BUILT = """\
+import sys
+
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.startswith("_megatron_med_") else self.finder.find_spec(name, path, target)
+
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+"""What an environment without a compiler is like: neither extension is there."""
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_system_goes_from_raw_text_to_its_table(system: str, tmp_path: Path) -> None:
     published, tasks, runs = SYSTEMS[system]
+    built = system != WITHOUT_COMPILER
     command = ["bash", str(EXAMPLES / system / "toy.sh"), "--output", str(tmp_path / "out")]
     environment = {**os.environ, "MEGATRON_MED_VENV": os.environ.get("MEGATRON_MED_VENV", sys.prefix)}
+    if not built:
+        (tmp_path / "sitecustomize.py").write_text(NOT_BUILT)
+        environment["PYTHONPATH"] = str(tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for extension in ("_megatron_med_index", "_megatron_med_kernels"):
+        assert (f"{extension} was not built, for lack of a compiler" in done.stdout) == (not built)
     out = tmp_path / "out"
     assert {path.name for path in (out / "runs").iterdir()} == runs
     assert done.stdout.count(": loss ") == len(runs)
@@ -52,6 +78,17 @@ def test_a_system_goes_from_raw_text_to_its_table(system: str, tmp_path: Path) -
     assert any(row["name"] == published for row in numbers["rows"] if row["system"])
     for results in (out / "results").iterdir():
         assert (results / "report.html").is_file()
+
+
+def test_without_a_compiler_the_installation_goes_on_and_says_so(tmp_path: Path) -> None:
+    folders = ("--build-temp", tmp_path / "temp", "--build-lib", tmp_path / "lib")
+    command = [sys.executable, "setup.py", "-q", "build_ext", *map(str, folders)]
+    environment = os.environ | {"CC": "/nowhere/cc", "CXX": "/nowhere/c++"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for extension in ("_megatron_med_index", "_megatron_med_kernels"):
+        assert f"{extension} was not built, plain Python serves" in done.stderr
+    assert not list(tmp_path.glob("lib/*.so"))
 
 
 def test_a_loss_that_does_not_fall_ends_the_script(tmp_path: Path) -> None:
