@@ -1,40 +1,7 @@
-"""Converts between Hugging Face folders and checkpoints."""
+"""``megatron-med import`` and ``megatron-med export``."""
 
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from megatron_med.checkpoint.huggingface.convert import export_huggingface, import_huggingface
+from megatron_med.commands.convert_checkpoint import main
 from megatron_med.errors import run_command
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    directions = parser.add_subparsers(dest="direction", required=True)
-    importing = directions.add_parser("import", help="Hugging Face folder -> checkpoint")
-    importing.add_argument("--tokenizer", help="used instead of the folder's own")
-    exporting = directions.add_parser("export", help="checkpoint -> Hugging Face folder")
-    exporting.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as trained)")
-    exporting.add_argument(
-        "--results", type=Path, nargs="+", default=[], help="folders of evaluate.py whose scores the model card tells"
-    )
-    for direction, source in ((importing, "HF_DIR"), (exporting, "RUN or step")):
-        direction.add_argument("--from", dest="source", type=Path, required=True, metavar=source)
-        direction.add_argument("--to", dest="target", type=Path, required=True)
-        direction.add_argument("--verify", action="store_true", help="compare the logits of both models first")
-        direction.add_argument("--overwrite", action="store_true", help="replace what is in the target")
-    arguments = parser.parse_args()
-    options = {"verify": arguments.verify, "overwrite": arguments.overwrite}
-    if arguments.direction == "import":
-        step = import_huggingface(arguments.source, arguments.target, tokenizer=arguments.tokenizer, **options)
-        print(f"imported {arguments.source} to {step}")
-    else:
-        export_huggingface(
-            arguments.source, arguments.target, dtype=arguments.dtype, results=arguments.results, **options
-        )
-        print(f"exported {arguments.source} to {arguments.target}")
-
 
 if __name__ == "__main__":
     run_command(main)

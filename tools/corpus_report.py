@@ -1,31 +1,7 @@
-"""Writes one HTML page about a corpus that tools/build_corpus.py has built, with pictures and examples."""
+"""``megatron-med corpus report``."""
 
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from megatron_med.errors import ConfigError, run_command
-from megatron_med.outputs import refuse_existing
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("corpus", type=Path, help="folder with manifest.json")
-    parser.add_argument("--output", type=Path, help="the page (default: CORPUS/report.html)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing page")
-    arguments = parser.parse_args()
-    try:
-        from megatron_med.corpus.page import render
-        from megatron_med.corpus.report import gather
-    except ImportError as error:
-        raise ConfigError(f"{error.name} is missing: pip install 'megatron_med[corpus,plot]'.") from error
-    target = arguments.output or arguments.corpus / "report.html"
-    refuse_existing(target, arguments.overwrite)
-    facts = gather(arguments.corpus)
-    target.write_text(render(facts), encoding="utf-8")
-    print(f"{target}: {sum(s.kept for s in facts.sources.values()):,} documents of {len(facts.sources)} sources")
-
+from megatron_med.commands.corpus_report import main
+from megatron_med.errors import run_command
 
 if __name__ == "__main__":
     run_command(main)

@@ -1,53 +1,7 @@
-"""Tokenizes JSONL text into the .bin/.idx files that training reads. Started again after a kill, it goes on."""
+"""``megatron-med preprocess``."""
 
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from megatron_med.data.jsonl import Shard
-from megatron_med.data.preprocess import PreprocessOptions, preprocess
+from megatron_med.commands.preprocess_data import main
 from megatron_med.errors import run_command
-from megatron_med.tokenizer.special import CORPUS_TOKENS
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--input", nargs="+", type=Path, required=True, help="JSONL files; plain, .gz or .zst")
-    parser.add_argument("--output-prefix", type=Path, required=True, help="writes PREFIX.bin, PREFIX.idx, PREFIX.json")
-    parser.add_argument(
-        "--tokenizer", required=True, help="a folder, a .model or tokenizer.json file, or vocab.json,merges.txt"
-    )
-    parser.add_argument("--workers", type=int, default=1, help="processes (default 1)")
-    parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-document id")
-    parser.add_argument("--json-key", default="text", help="field that holds the text (default: text)")
-    parser.add_argument(
-        "--markup",
-        action="store_true",
-        help="the text is of tools/build_corpus.py: [bib_ref] to [/formula] are tokens. Without it they stay text",
-    )
-    parser.add_argument("--skip-bad-lines", action="store_true", help="leave out lines without usable text, count them")
-    parser.add_argument(
-        "--shard", default="0/1", metavar="I/N", help="read part I of N (from 0); tools/merge_datasets.py joins them"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    arguments = vars(parser.parse_args())
-    arguments["inputs"] = arguments.pop("input")
-    arguments["markup"] = CORPUS_TOKENS if arguments["markup"] else ()
-    arguments["shard"] = Shard.parse(arguments["shard"])
-    options = PreprocessOptions(**arguments)
-    summary = preprocess(options)
-    documents, words = max(1, summary.documents), max(1, summary.words)
-    if summary.resumed_at:
-        print(f"went on after {summary.resumed_at:,} documents of an earlier run")
-    print(
-        f"{options.output_prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens, "
-        f"{summary.tokens / documents:,.1f} tokens per document, fertility {summary.tokens / words:.3f} tokens per "
-        f"word, {summary.characters / max(1, summary.tokens):.2f} characters per token"
-    )
-    for reason, count in summary.skipped.most_common():
-        print(f"left out: {count:,} lines, {reason}")
-
 
 if __name__ == "__main__":
     run_command(main)

@@ -34,7 +34,7 @@ PY
 
 say() { printf '\n== %s\n' "$*"; }
 tool() { python "$repository/tools/$1.py" "${@:2}"; }
-evaluate() { tool evaluate "$@" --truncate left 2> evaluate.log || { cat evaluate.log >&2; exit 1; }; }
+evaluate() { tool evaluate "$@" --truncate left --batch-size 64 2> evaluate.log || { cat evaluate.log >&2; exit 1; }; }
 
 # pretrained RECIPE|shrunk ranks ...: trains a recipe at toy size on some processes; its loss must fall.
 #   train RANKS RECIPE NAME [OPTION ...]     OPTIONs of shrink.py
@@ -67,6 +67,6 @@ llama_base() {
   tool train_tokenizer --input train.jsonl --vocab-size 1024 --output tokenizer
   tokens base-train train.jsonl tokenizer
   tokens base-valid valid.jsonl tokenizer
-  train 1 "$toy/base.yaml" base --train base-train --valid base-valid --steps 60
+  train 1 "$toy/base.yaml" base --train base-train --valid base-valid --steps 40
   tool convert_checkpoint export --from runs/base --to base --verify
 }

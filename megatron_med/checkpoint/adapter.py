@@ -16,7 +16,7 @@ from megatron_med.errors import CheckpointError
 _FIXED = ("rank", "alpha", "rslora", "targets", "train_rows")
 """Settings without which an adapter's numbers mean something else."""
 
-MERGE = "tools/convert_adapter.py merge --from {adapter} --to DIR"
+MERGE = "megatron-med adapter merge --from {adapter} --to DIR"
 
 
 def describe_adapter(

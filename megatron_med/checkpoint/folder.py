@@ -291,9 +291,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
 def _foreign_hint(given: Path) -> str:
     """What to do with a folder of Hugging Face's."""
     if (given / "adapter_config.json").is_file():
-        return f" It is a PEFT folder: tools/convert_adapter.py import --from {given} --base CHECKPOINT --to DIR."
+        return f" It is a PEFT folder: megatron-med adapter import --from {given} --base CHECKPOINT --to DIR."
     if (given / "config.json").is_file():
-        return f" It is a Hugging Face folder: tools/convert_checkpoint.py import --from {given} --to DIR."
+        return f" It is a Hugging Face folder: megatron-med import --from {given} --to DIR."
     return ""
 
 

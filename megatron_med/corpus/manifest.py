@@ -82,11 +82,11 @@ def read_manifest(root: Path) -> dict[str, Any]:
     """
     path = root / FILE_NAME
     if not path.is_file():
-        raise DataError(f"There is no {path}: the corpus is not finished. Run tools/build_corpus.py to its end.")
+        raise DataError(f"There is no {path}: the corpus is not finished. Run megatron-med corpus build to its end.")
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}. Remove it and run tools/build_corpus.py again.") from error
+        raise DataError(f"{path} is not JSON: {error}. Remove it and run megatron-med corpus build again.") from error
     return content
 
 

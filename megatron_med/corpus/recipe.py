@@ -86,7 +86,7 @@ class Tokenization:
     """Token files for training, one for each source and split."""
 
     tokenizer: str = field(metadata=PATH)
-    """As tools/preprocess_data.py takes it."""
+    """As megatron-med preprocess takes it."""
     tokens: list[str] = field(default_factory=lambda: ["gap_replay"])
     """Sets of tokens added after the vocabulary: gap_replay, chatml."""
     append_eod: bool = True

@@ -49,6 +49,7 @@ class PackedDataset:
         self._cache = cache
         facts = remembered(cache, [data.idx_path, data.bin_path], lambda: _facts(data))
         self.fingerprint: str = facts["fingerprint"]
+        self.tokens: int = facts["tokens"]
         self._epochs: dict[int, Arrays] = {}
         self.samples_per_epoch = (facts["tokens"] - 1) // sequence_length if facts["tokens"] else 0
         if self.samples_per_epoch < 1:

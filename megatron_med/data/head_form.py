@@ -64,7 +64,7 @@ def check_head(model: ModelConfig, described: dict[str, Any] | None) -> None:
         if model.head != LANGUAGE_MODEL:
             raise ConfigError(
                 f"model.head is {model.head}, and the data holds texts or conversations: make it with "
-                "tools/preprocess_questions.py, or leave model.head out."
+                "megatron-med preprocess-questions, or leave model.head out."
             )
         return
     if described["max_length"] > model.max_position_embeddings:

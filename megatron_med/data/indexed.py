@@ -85,7 +85,7 @@ class IndexedDataset:
         if magic != MAGIC:
             raise DataError(
                 f"{self.idx_path} begins with {magic!r}, not {MAGIC!r}: it is no Megatron index. "
-                "Make one with tools/preprocess_data.py."
+                "Make one with megatron-med preprocess."
             )
         if len(header) < HEADER.size:
             raise DataError(f"{self.idx_path} ends inside its header: write it again.")

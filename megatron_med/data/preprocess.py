@@ -1,4 +1,4 @@
-"""Turns JSONL text into token files, on many processes. A killed run goes on where it stopped."""
+"""Turns text into token files, on many processes. A killed run goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from megatron_med.tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True)
 class PreprocessOptions:
-    """What ``tools/preprocess_data.py`` is asked for.
+    """What ``megatron-med preprocess`` is asked for.
 
     Attributes:
-        inputs: JSONL files; plain, ``.gz`` or ``.zst``.
+        inputs: files of records, of any kind that ``records`` reads.
         output_prefix: of ``.bin``, ``.idx`` and ``.json``.
         tokenizer: as ``load_tokenizer`` takes it.
         workers: processes.

@@ -27,7 +27,7 @@ _ROLE_DTYPE = np.uint8
 
 @dataclass(frozen=True)
 class InstructionOptions:
-    """What ``tools/preprocess_instructions.py`` is asked for.
+    """What ``megatron-med preprocess-instructions`` is asked for.
 
     Attributes:
         inputs: files of records; plain, ``.gz`` or ``.zst``.

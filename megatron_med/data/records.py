@@ -10,7 +10,9 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +23,12 @@ from megatron_med.errors import DataError
 
 Kind = Literal["lines", "json", "csv", "tsv", "parquet"]
 
+KINDS = ".jsonl, .json, .csv, .tsv, .parquet; all but the last also as .gz, .zst"
+"""Files that are read, for help texts."""
 _SNIFFED = 1 << 16
 _LONGEST_CELL = 1 << 24
+_ROWS = 256
+"""Of a Parquet file that are in memory at the same time."""
 _KINDS: dict[str, Kind] = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet"}
 
 
@@ -55,7 +61,7 @@ def spans_of(files: Sequence[Path], shard: Shard) -> list[Span]:
     found = []
     for file in files:
         if file not in lines:
-            count = len(_read_all(file))
+            count = _count(file)
             span = Span(file, count * shard.index // shard.count, count * (shard.index + 1) // shard.count)
             found += [span] if span.start < count * (shard.index + 1) // shard.count else []
         elif file in spans:
@@ -69,9 +75,10 @@ def read_records(spans: Sequence[Span]) -> Iterator[Line]:
         if kind_of(span.file) == "lines":
             yield from jsonl.read_lines([span])
             continue
-        records = _read_all(span.file)
-        for number in range(span.start, len(records) if span.stop is None else span.stop):
-            content = json.dumps(records[number], ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
+        parquet = kind_of(span.file) == "parquet"
+        records = _parquet_records(span) if parquet else _read_all(span.file)[span.start : span.stop]
+        for number, record in enumerate(records, span.start):
+            content = json.dumps(record, ensure_ascii=False, default=str).encode("utf-8", "surrogatepass")
             yield Line(span.file, number, content, number + 1)
 
 
@@ -102,16 +109,23 @@ def units_of(span: Span) -> Units:
     return Units(span.start, float(size), size / max(1, records))
 
 
+def _count(file: Path) -> int:
+    """Records of a file that is no JSON lines."""
+    if kind_of(file) != "parquet":
+        return len(_read_all(file))
+    with _parquet(file) as opened:
+        return opened.metadata.num_rows
+
+
 _read: dict[tuple[Path, int, int], list[dict[str, Any]]] = {}  # the file that was read last
 
 
 def _read_all(file: Path) -> list[dict[str, Any]]:
-    """All records of a file that is no JSON lines; the last file stays in memory."""
+    """All records of a file that is neither JSON lines nor Parquet; the last file stays in memory."""
     state = file.stat()
     key = (file, state.st_size, state.st_mtime_ns)
     if key not in _read:
-        kind = kind_of(file)
-        records = _from_parquet(file) if kind == "parquet" else _from_text(file, kind)
+        records = _from_text(file, kind_of(file))
         _read.clear()
         _read[key] = records
     return _read[key]
@@ -151,24 +165,43 @@ def _from_csv(file: Path, text: str, delimiter: str) -> list[dict[str, Any]]:
     try:
         records = list(reader)
     except csv.Error as error:
-        raise DataError(f"{file}:{reader.line_num} is broken CSV ({error}): mend the line.") from error
+        raise DataError(f"{file}:{reader.line_num} is broken CSV ({error}): correct the line.") from error
     for number, record in enumerate(records, start=1):
         if None in record or None in record.values():
             raise DataError(
-                f"{file}, record {number} has another number of cells than the first line has names: mend it."
+                f"{file}, record {number} has another number of cells than the first line has names: correct it."
             )
     return records
 
 
-def _from_parquet(file: Path) -> list[dict[str, Any]]:
+@contextmanager
+def _parquet(file: Path) -> Iterator[Any]:
+    """Opens a Parquet file."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise DataError(f"{file} needs pyarrow: pip install 'megatron_med[instructions]'.") from error
+        raise DataError(f"{file} needs pyarrow: pip install 'megatron_med[parquet]'.") from error
     if is_compressed(file):
         raise DataError(f"{file} is compressed twice: Parquet compresses itself. Unpack it.")
     try:
-        return pyarrow.parquet.read_table(file).to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
+        with pyarrow.parquet.ParquetFile(file) as opened:
+            yield opened
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file} is no Parquet file that can be read ({error}): fetch it again.") from error
+
+
+def _parquet_records(span: Span) -> Iterator[dict[str, Any]]:
+    """Records of a part of a Parquet file; a batch of rows is in memory at a time."""
+    with _parquet(span.file) as opened:
+        groups, begin, before = [], 0, 0
+        for group in range(opened.num_row_groups):
+            rows = opened.metadata.row_group(group).num_rows
+            if begin + rows > span.start and (span.stop is None or begin < span.stop):
+                groups.append(group)
+            elif not groups:
+                before = begin + rows
+            begin += rows
+        rows_of_groups = (row for batch in opened.iter_batches(_ROWS, row_groups=groups) for row in batch.to_pylist())
+        stop = None if span.stop is None else span.stop - before
+        yield from islice(rows_of_groups, span.start - before, stop)

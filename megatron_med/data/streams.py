@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from megatron_med.config.schema import DataConfig, DataSource
 from megatron_med.data.gpt import PackedDataset
@@ -37,6 +37,10 @@ class Corpora(Protocol):
         Raises:
             ConfigError: nobody can say what an epoch of these corpora is.
         """
+        ...
+
+    def held(self) -> str:
+        """How much there is of what, in words."""
         ...
 
     def identity(self) -> dict[str, Any]:
@@ -81,12 +85,12 @@ def open_split(sources: Sequence[DataSource], data: DataConfig, seed: int, vocab
 
 
 def is_labelled(prefix: str | Path) -> bool:
-    """Whether a corpus was made by ``tools/preprocess_questions.py``."""
+    """Whether a corpus was made by ``megatron-med preprocess-questions``."""
     return token_paths(labels_prefix(prefix))[1].is_file()
 
 
 def is_conversations(prefix: str | Path) -> bool:
-    """Whether a corpus was made by ``tools/preprocess_instructions.py``."""
+    """Whether a corpus was made by ``megatron-med preprocess-instructions``."""
     return token_paths(roles_prefix(prefix))[1].is_file()
 
 
@@ -126,6 +130,9 @@ class _Texts(_Split):
             )
         return math.ceil(epochs * self.corpora[0].samples_per_epoch)
 
+    def held(self) -> str:
+        return f"{sum(corpus.tokens for corpus in self.corpora):,} tokens of text{_in(self.corpora)}"
+
     def identity(self) -> dict[str, Any]:
         train = [
             {"path": source.path, "weight": source.weight, "content": corpus.fingerprint}
@@ -145,6 +152,8 @@ class _Texts(_Split):
 
 @dataclass
 class _Conversations(_Split):
+    unit: ClassVar[str] = "conversations"
+
     def __post_init__(self) -> None:
         self.sets: list[ConversationSet] = []
         faults: list[str] = []
@@ -181,6 +190,10 @@ class _Conversations(_Split):
             return done
         return done + math.ceil((epochs - whole) * (self._epochs.samples_up_to(whole + 1) - done))
 
+    def held(self) -> str:
+        tokens = sum(int(found.lengths.sum()) for found in self.sets)
+        return f"{sum(map(len, self.sets)):,} {self.unit} of {tokens:,} tokens{_in(self.sets)}"
+
     def identity(self) -> dict[str, Any]:
         train = [
             {"path": source.path, "weight": source.weight, "repeat": source.repeat, "content": found.fingerprint}
@@ -211,6 +224,8 @@ class _Conversations(_Split):
 
 
 class _Labelled(_Conversations):
+    unit = "questions"
+
     def open(self, source: DataSource) -> ConversationSet:
         return open_labelled(source.path, self.data, self.cache)
 
@@ -241,6 +256,10 @@ class _Labelled(_Conversations):
                     f"{heads[0].get(different[0])!r}: one head reads one kind. Make all alike."
                 )
         return heads[0]
+
+
+def _in(corpora: Sequence[Any]) -> str:
+    return f" in {len(corpora)} corpora" if len(corpora) > 1 else ""
 
 
 @dataclass

@@ -119,10 +119,10 @@ def _read(name: str, folder: Path) -> Run:
             float(found["value"]), list(map(float, found["interval"])), int(found["count"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{folder} holds no {RESULTS} of tools/evaluate.py ({error!r}): name its --output folder."
+            f"{folder} holds no {RESULTS} of megatron-med evaluate ({error!r}): name its --output folder."
         ) from error
     if not tasks:
-        raise DataError(f"{folder} holds no scores yet: let tools/evaluate.py end, then compare.")
+        raise DataError(f"{folder} holds no scores yet: let megatron-med evaluate end, then compare.")
     samples = {}
     for task in tasks:
         path = samples_file(folder, task)

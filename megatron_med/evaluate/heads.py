@@ -35,8 +35,8 @@ class HeadEncoder:
             if form.separator not in special:
                 raise ConfigError(
                     f"the separator {form.separator!r} is no special token of {tokenizer.files[0]}. Add it "
-                    "(tools/extend_tokenizer.py --tokens biomedlm_heads) and import the base with that tokenizer, or "
-                    "pass --separator ''."
+                    "(megatron-med extend-tokenizer --tokens biomedlm_heads) and import the base with that tokenizer, "
+                    "or pass --separator ''."
                 )
             self._separator = [special[form.separator]]
 

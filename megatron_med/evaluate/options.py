@@ -12,7 +12,7 @@ from megatron_med.evaluate.ways import WITHOUT_SHOTS
 
 @dataclass(frozen=True)
 class Options:
-    """What is asked, and how; the names are those of ``tools/evaluate.py``'s options."""
+    """What is asked, and how; the names are those of ``megatron-med evaluate``'s options."""
 
     checkpoint: str
     tasks: Sequence[str]

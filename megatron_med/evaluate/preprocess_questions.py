@@ -25,10 +25,10 @@ from megatron_med.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class QuestionOptions:
-    """What ``tools/preprocess_questions.py`` is asked for.
+    """What ``megatron-med preprocess-questions`` is asked for.
 
     Attributes:
-        task: of ``tools/evaluate.py --list``.
+        task: of ``megatron-med evaluate --list``.
         split: ``train`` or ``test``, where a file holds both.
         input: the file.
         output_prefix: of ``.bin``, ``.idx``, ``.json`` and ``.labels.bin``, ``.labels.idx``.
@@ -82,7 +82,7 @@ def preprocess_questions(options: QuestionOptions) -> Written:
     if task.is_perplexity or task.is_summary:
         raise ConfigError(
             f"{options.task} holds texts without labels, which no head learns from. Summaries are tuned as "
-            "conversations: tools/preprocess_instructions.py --template biomedlm_summary."
+            "conversations: megatron-med preprocess-instructions --template biomedlm_summary."
         )
     if options.max_length < 1:
         raise ConfigError(f"--max-length is {options.max_length}: it must be at least 1.")

@@ -105,7 +105,8 @@ def row_seed(seed: int, index: int) -> int:
 def no_language_model(head: str) -> ConfigError:
     """The error for a model that is to write, and scores."""
     return ConfigError(
-        f"The model has a head of the kind {head}: it scores texts and writes none (tools/evaluate.py --score head)."
+        f"The model has a head of the kind {head}: it scores texts and writes none (megatron-med evaluate --score "
+        "head)."
     )
 
 

@@ -25,6 +25,7 @@ from megatron_med.plan.memory import Memory, peak_memories
 from megatron_med.plan.predict import Plan, predict
 from megatron_med.plan.stage_model import StageModel, StageState, build_states, model_stages
 from megatron_med.plan.step_time import backward_seconds, forward_seconds
+from megatron_med.progress import progress_bar
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 CHUNKS = (2, 4)
@@ -75,15 +76,20 @@ def search(config: Config, cluster: Cluster, kernels: KernelAssumptions | None =
     """Plans every sensible cut of a run whose model, sequence and global batch stay as they are.
 
     Tensor sizes up to a node, all pipeline sizes, schedules, shardings and micro-batches up to 16; recomputation of
-    whole layers only where it does not fit without. One process a tensor size.
+    whole layers only where it does not fit without. One process a core, and a bar on a terminal.
     """
     check_groups(config.model, config.optimizer.groups, config.lora)
-    one_tensor_size = partial(_search_tensor_size, config, cluster, kernels or KernelAssumptions())
+    one_size = partial(_search_size, config, cluster, kernels or KernelAssumptions())
     tensor_sizes = [tensor for tensor in range(1, cluster.gpus_per_node + 1) if cluster.gpus_per_node % tensor == 0]
+    grids = [(tensor, pipeline) for tensor in tensor_sizes for pipeline in _pipeline_sizes(config, cluster, tensor)]
+    results = []
     context = get_context("forkserver")
     context.set_forkserver_preload(["megatron_med.plan.search"])  # imported once, unless a server runs already
-    with ProcessPoolExecutor(max(1, min(os.cpu_count() or 1, len(tensor_sizes))), context) as pool:
-        results = list(pool.map(one_tensor_size, tensor_sizes))
+    processes = max(1, min(os.cpu_count() or 1, len(grids)))
+    with ProcessPoolExecutor(processes, context) as pool, progress_bar("grids", len(grids)) as advance:
+        for result in pool.map(one_size, *zip(*grids, strict=True)):
+            results.append(result)
+            advance()
     best = sorted((plan for result in results for plan in result.best), key=lambda plan: plan.step_seconds)
     return SearchResult(
         best[:keep],
@@ -93,26 +99,20 @@ def search(config: Config, cluster: Cluster, kernels: KernelAssumptions | None =
     )
 
 
-def _search_tensor_size(config: Config, cluster: Cluster, kernels: KernelAssumptions, tensor: int) -> SearchResult:
-    """All pipeline sizes of one tensor size."""
+def _search_size(
+    config: Config, cluster: Cluster, kernels: KernelAssumptions, tensor: int, pipeline: int
+) -> SearchResult:
+    """One size of tensor and pipeline."""
     torch.set_num_threads(1)
     cost = CostModel(cluster, kernels, DTYPES[config.precision].itemsize)
-    best: list[Plan] = []
-    sizes: list[Size] = []
-    tried = fitting = 0
     with fake_world():
-        for pipeline in _pipeline_sizes(config, cluster, tensor):
-            found, reason, count = _fitting(config, cost, tensor, pipeline)
-            plans = _fastest(found, cost)
-            best += plans
-            tried += count
-            fitting += len(found)
-            if plans:
-                memory = max(stage.memory.total for stage in plans[0].stages)
-                sizes.append(Size(tensor, pipeline, plans[0].tokens_per_second, f"takes {_of(memory, cluster)}"))
-            else:
-                sizes.append(Size(tensor, pipeline, None, reason))
-    return SearchResult(best, sizes, tried, fitting)
+        found, reason, tried = _fitting(config, cost, tensor, pipeline)
+        plans = _fastest(found, cost)
+    if not plans:
+        return SearchResult([], [Size(tensor, pipeline, None, reason)], tried, len(found))
+    memory = max(stage.memory.total for stage in plans[0].stages)
+    size = Size(tensor, pipeline, plans[0].tokens_per_second, f"takes {_of(memory, cluster)}")
+    return SearchResult(plans, [size], tried, len(found))
 
 
 def _pipeline_sizes(config: Config, cluster: Cluster, tensor: int) -> Iterator[int]:

@@ -104,7 +104,7 @@ class Tokenizer(ABC):
         unknown = [token for token in tokens if token not in known]
         if unknown:
             raise DataError(
-                f"{self.files[0]} has no token {', '.join(unknown)}: add it with tools/extend_tokenizer.py."
+                f"{self.files[0]} has no token {', '.join(unknown)}: add it with megatron-med extend-tokenizer."
             )
         pattern = re.compile("(" + "|".join(map(re.escape, tokens)) + ")")
         parts = [pattern.split(text) for text in texts]
@@ -378,7 +378,7 @@ def _read_added_tokens(file: Path, pieces: int) -> tuple[str, ...]:
     if [ids[token] for token in tokens] != list(range(pieces, pieces + len(tokens))):
         raise DataError(
             f"{file}: the ids {sorted(ids.values())} do not follow the vocabulary of {pieces} pieces one by one. "
-            "Write it again with tools/extend_tokenizer.py."
+            "Write it again with megatron-med extend-tokenizer."
         )
     return tuple(tokens)
 

@@ -141,7 +141,9 @@ def _bound(source: str, tokenizer: Tokenizer, name: str) -> str:
 def _need_tokens(name: str, tokens: Sequence[str], tokenizer: Tokenizer) -> None:
     missing = sorted(set(tokens).difference(tokenizer.special_tokens().values()))
     if missing:
-        remedy = "add it with tools/extend_tokenizer.py --tokens chatml" if name == "chatml" else "give one that has it"
+        remedy = (
+            "extend it: megatron-med extend-tokenizer --tokens chatml" if name == "chatml" else "give one that has it"
+        )
         raise DataError(
             f"the template {name} needs the special token {', '.join(missing)}, which {tokenizer.files[0]} does not "
             f"have: {remedy}, or take another template."

@@ -15,13 +15,16 @@ _BYTES = 256
 _LARGEST = 1 << 24
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> tokenizers.Tokenizer:
+def train_bpe(
+    texts: Iterable[str], vocab_size: int, min_frequency: int = 2, show_progress: bool = False
+) -> tokenizers.Tokenizer:
     """A byte-level BPE of exactly ``vocab_size`` pieces where the text has that many, the last one <|endoftext|>.
 
     Args:
         texts: the corpus.
         vocab_size: pieces, the 256 bytes and <|endoftext|> included.
         min_frequency: pairs seen less often are not merged.
+        show_progress: bars on standard error.
 
     Raises:
         ConfigError: ``vocab_size`` does not hold the bytes.
@@ -39,7 +42,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> 
         vocab_size=vocab_size - 1,
         min_frequency=min_frequency,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=show_progress,
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([END_OF_DOCUMENT])

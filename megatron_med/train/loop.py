@@ -16,7 +16,8 @@ from megatron_med.model.flops import training_flops_per_token
 from megatron_med.optim.lr_schedule import learning_rate
 from megatron_med.parallel.collectives import gather_objects
 from megatron_med.train.loading import Progress
-from megatron_med.train.metrics import Metrics, Reporter, make_reporters, memory_bytes, peak_flops
+from megatron_med.train.metrics import Metrics, memory_bytes, peak_flops
+from megatron_med.train.reporters import Reporter, make_reporters
 from megatron_med.train.setup import Run
 from megatron_med.train.signals import LAUNCHER_GONE, StopRequest
 from megatron_med.train.step import StepResult, train_step, validation_loss

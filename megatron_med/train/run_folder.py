@@ -23,6 +23,7 @@ from megatron_med.checkpoint.folder import (
 )
 from megatron_med.errors import CheckpointError, ConfigError
 from megatron_med.files import RUN_IDENTITY, remove_leftovers, write_json, write_text
+from megatron_med.launch.torchrun import EXIT_FILE
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -48,6 +49,7 @@ class RunFolder:
         self.metrics = self.path / METRICS
         self.samples = self.path / SAMPLES
         self.tensorboard = self.path / "tensorboard"
+        self.wandb_id = self.path / "wandb_id"
         self._lock: FileLock | None = None
 
     def claim(self) -> None:
@@ -219,7 +221,7 @@ class RunFolder:
 def write_launch_record(code: int, reason: str, retry: bool | None = None) -> None:
     """The same record for the launch script of this start alone, where MEGATRON_MED_EXIT_FILE names a file: a start
     that is refused because another run is alive in RUN must not write there."""
-    path = os.environ.get("MEGATRON_MED_EXIT_FILE")
+    path = os.environ.get(EXIT_FILE)
     if path:
         with suppress(OSError):
             Path(path).write_text(json.dumps(_exit_record(code, reason, retry)), encoding="utf-8")

@@ -22,7 +22,7 @@ from megatron_med.data.loader import BatchLoader
 from megatron_med.data.sources import find_tokenizer
 from megatron_med.data.streams import Corpora, open_split
 from megatron_med.errors import ConfigError
-from megatron_med.kernels.backend import ask_for, describe
+from megatron_med.kernels.backend import ask_for
 from megatron_med.launch.preflight import preflight
 from megatron_med.model.batch import MicroBatch
 from megatron_med.model.build import DTYPES, build_chunks
@@ -41,6 +41,7 @@ from megatron_med.parallel.data_parallel.fully_sharded import FullyShardedDataPa
 from megatron_med.parallel.parameters import initialise
 from megatron_med.parallel.pipeline_parallel.engine import PipelineEngine
 from megatron_med.tokenizer import Tokenizer
+from megatron_med.train.banner import banner
 from megatron_med.train.continuity import Settings, beyond_horizon, changes, decay_horizon, settings_of
 from megatron_med.train.loading import Progress, choose_source, load_state, rows_to_train
 from megatron_med.train.run_folder import RunFolder
@@ -131,10 +132,10 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     if source is not None and source.step is not None:
         check_same_labels(head, read_state(source.step).head, str(source.step))
     new_rows = rows_to_train(config, source, tokenizer, corpora.chat())
+    if context.world.is_first:
+        print("\n".join(banner(config, context, corpora, source)), flush=True)
     train_module = _built(config, context, new_rows)
     trained, frozen = _gather_names(train_module)
-    if context.world.is_first:
-        print(describe(), flush=True)
     if config.lora.rank:
         tell_of_adapters(config, train_module)
     loaded = load_state(config, source, train_module, tokenizer, trained, frozen)
@@ -229,7 +230,7 @@ def _built(config: Config, context: ParallelContext, new_rows: range | None) -> 
             raise
         raise ConfigError(
             f"the model does not fit into the memory of a rank ({str(error).splitlines()[0][-90:]}). Cut it over more "
-            "ranks (parallel.tensor, parallel.pipeline, parallel.sharding), or make it smaller; tools/plan.py says "
+            "ranks (parallel.tensor, parallel.pipeline, parallel.sharding), or make it smaller; megatron-med plan says "
             "what a rank needs."
         ) from error
 

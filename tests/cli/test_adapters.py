@@ -284,7 +284,7 @@ def test_another_base_is_refused(tuned: Path, data: Path, base: Path, huggingfac
     _succeeded(ADAPTER, "export", "--from", tuned, "--to", tmp_path / "peft")
     done = train(config, "--checkpoint.load", tmp_path / "peft")
     assert done.returncode == 2
-    assert "It is a PEFT folder: tools/convert_adapter.py import" in done.stderr
+    assert "It is a PEFT folder: megatron-med adapter import" in done.stderr
     moved = shutil.move(tmp_path / "other", tmp_path / "elsewhere")
     assert Path(moved).is_dir()
     done = train(config, "--checkpoint.load", tuned, "--train.steps", 1)

@@ -14,8 +14,10 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "megatron_med"
 LEVELS = {
+    "__version__": 0,
     "errors": 0,
     "files": 0,
+    "progress": 0,
     "outputs": 1,
     "page": 1,
     "config": 1,
@@ -33,6 +35,8 @@ LEVELS = {
     "train": 12,
     "evaluate": 13,
     "plan": 13,
+    "commands": 14,
+    "api": 14,
 }
 ORDERED_WITHIN_A_LEVEL = {("data", "tokenizer")}
 

@@ -40,7 +40,7 @@ def model_card(
         name: of the model.
         step: folder of the checkpoint; what its run tells is read from the folders above it.
         config, state: of the checkpoint.
-        results: folders of ``tools/evaluate.py`` whose scores are told.
+        results: folders of ``megatron-med evaluate`` whose scores are told.
         base_model: what adapters are loaded beside; None for whole weights.
 
     Raises:
@@ -151,7 +151,7 @@ def _scores(results: Sequence[Path], weights: str) -> Iterator[str]:
             other = content["settings"]["weights"] != weights
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{folder} holds no results.json of tools/evaluate.py: name its --output folder."
+                f"{folder} holds no results.json of megatron-med evaluate: name its --output folder."
             ) from error
         if other:
             raise DataError(

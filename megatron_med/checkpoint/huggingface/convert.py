@@ -107,7 +107,7 @@ def export_huggingface(
         dtype: fp32, bf16 or fp16; by default the precision of the run or of the imported weights.
         verify: compare the logits of both models first, and refuse where they differ.
         overwrite: replace ``target``.
-        results: folders of ``tools/evaluate.py`` whose scores the card tells.
+        results: folders of ``megatron-med evaluate`` whose scores the card tells.
     """
     step = folders.resolve_checkpoint(source)
     refuse_overlap(target, step)
@@ -116,14 +116,14 @@ def export_huggingface(
     state = folders.read_state(step)
     if state.adapter is not None:
         raise CheckpointError(
-            f"{step} holds adapters only. tools/convert_adapter.py export writes them as a PEFT folder; for a whole "
+            f"{step} holds adapters only. megatron-med adapter export writes them as a PEFT folder; for a whole "
             f"model merge them first: {MERGE.format(adapter=step)}"
         )
     config = model_from_dict(state.model)
     if config.head == MULTIPLE_CHOICE:
         raise CheckpointError(
             f"{step} has a head that scores the options of a question, with a bias: no class of transformers holds it "
-            "(...ForSequenceClassification has none). Use it here: tools/evaluate.py --score head."
+            "(...ForSequenceClassification has none). Use it here: megatron-med evaluate --score head."
         )
     torch_dtype = DTYPES[dtype or state.run.get("precision", "fp32")]
     stored_tokenizer = step / folders.TOKENIZER

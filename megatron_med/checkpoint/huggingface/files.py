@@ -199,7 +199,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if (folder / ADAPTER).is_file():
         raise CheckpointError(
             f"{folder} holds an adapter ({ADAPTER}), which would be left out. Import the model without it, then the "
-            "adapter with tools/convert_adapter.py import; or merge it first (peft: model.merge_and_unload())."
+            "adapter with megatron-med adapter import; or merge it first (peft: model.merge_and_unload())."
         )
     used = _indexed(folder) if (folder / INDEX).is_file() else [folder / SINGLE]
     if not used[0].is_file():

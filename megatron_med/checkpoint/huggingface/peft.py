@@ -117,7 +117,7 @@ def export_adapter(
         base_model: Hugging Face's name or folder of the base; None: the path of ours.
         base: where the base is; None: where it was.
         overwrite: replace ``target``.
-        results: folders of ``tools/evaluate.py`` whose scores the card tells.
+        results: folders of ``megatron-med evaluate`` whose scores the card tells.
     """
     step, state = open_adapter(source)
     refuse_overlap(target, step)
@@ -125,7 +125,7 @@ def export_adapter(
     if state.new_rows is not None and lora_of(state).train_rows is not None:
         raise CheckpointError(
             f"{step} also holds trained rows of the vocabulary (lora.train_rows), which servers refuse in an adapter. "
-            f"Merge it, and export that: {MERGE.format(adapter=step)}, then tools/convert_checkpoint.py export."
+            f"Merge it, and export that: {MERGE.format(adapter=step)}, then megatron-med export."
         )
     model, lora = model_from_dict(state.model), lora_of(state)
     named = base_of(step, state, base) if base is not None or base_model is None else None
@@ -160,9 +160,7 @@ def open_adapter(source: Path) -> tuple[Path, CheckpointState]:
     verify_checkpoint(step, single_process_context())
     state = folders.read_state(step)
     if state.adapter is None:
-        raise CheckpointError(
-            f"{step} holds a whole model, no adapters: tools/convert_checkpoint.py export writes it as one."
-        )
+        raise CheckpointError(f"{step} holds a whole model, no adapters: megatron-med export writes it as one.")
     return step, state
 
 

@@ -1,7 +1,7 @@
 """Pipeline schedules as plain data: for every stage, the list of passes it runs in order.
 
 Generators make such lists, ``simulation.py`` proves that a list can run and predicts its time, ``engine.py`` executes
-it. No torch here. ``python tools/draw_schedule.py 1f1b --picture out.png`` draws any of them.
+it. No torch here. ``megatron-med draw-schedule 1f1b --picture out.png`` draws any of them.
 
 With several chunks a stage, chunk c of stage s holds the layers of virtual stage ``c * stages + s``: a micro-batch
 goes through all stages once for every chunk.

@@ -1,0 +1,18 @@
+"""Joins several token files of one tokenizer into one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from megatron_med.data.merge import merge_datasets
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--input", nargs="+", type=Path, required=True, help="prefixes, in order")
+    parser.add_argument("--output-prefix", type=Path, required=True)
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files")
+    arguments = parser.parse_args()
+    documents, tokens = merge_datasets(arguments.input, arguments.output_prefix, arguments.overwrite)
+    print(f"{arguments.output_prefix}: {documents:,} documents, {tokens:,} tokens")
