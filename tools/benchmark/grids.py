@@ -1,4 +1,4 @@
-"""One run on several grids: losses of each, how far they lie apart, and a picture. The last run changes grid on its way.
+"""One run on several grids: their losses, how far apart they lie, and a picture. The last run changes grid on its way.
 
 python tools/benchmark/grids.py CONFIG.yaml --data PREFIX --steps 60 --output DIR [--picture FILE.png]
 """
