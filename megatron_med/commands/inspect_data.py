@@ -25,6 +25,7 @@ from megatron_med.data.streams import is_conversations
 from megatron_med.errors import ConfigError, DataError
 from megatron_med.tokenizer import Tokenizer, load_tokenizer
 from megatron_med.tokenizer.chat import ANSWER, SHARED
+from megatron_med.words import counted
 
 _IDS_SHOWN = 64
 _EXCERPT = 160
@@ -59,7 +60,7 @@ def main() -> None:
 
 
 def _print_summary(data: IndexedDataset) -> None:
-    print(f"{data.prefix}: {len(data):,} documents, {data.token_count:,} tokens, {data.dtype.name}")
+    print(f"{data.prefix}: {counted(len(data), 'document')}, {counted(data.token_count, 'token')}, {data.dtype.name}")
     if len(data):
         low, middle, high = np.percentile(data.sizes, [0, 50, 100]).astype(int)
         print(f"tokens per document: {low:,} to {high:,}, median {middle:,}")
@@ -84,7 +85,7 @@ def _print_document(data: IndexedDataset, document: int, tokenizer: Tokenizer | 
     if not 0 <= document < len(data):
         raise DataError(f"--document is {document}: {data.prefix} has documents 0 to {len(data) - 1}.")
     ids = data.read(document)
-    print(f"document {document}: {len(ids):,} tokens")
+    print(f"document {document}: {counted(len(ids), 'token')}")
     print(" ".join(map(str, ids[:_IDS_SHOWN].tolist())) + (" ..." if len(ids) > _IDS_SHOWN else ""))
     if tokenizer is None:
         print("give --tokenizer to see the text")
@@ -102,7 +103,7 @@ def _print_conversation(data: IndexedDataset, number: int, tokenizer: Tokenizer 
     ids, roles = data.read(number).tolist(), IndexedDataset(roles_prefix(data.prefix)).read(number).tolist()
     counts = {name: roles.count(kind) for name, kind in (("trained", ANSWER), ("trained elsewhere", SHARED))}
     told = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
-    print(f"conversation {number}: {len(ids):,} tokens, {told}")
+    print(f"conversation {number}: {counted(len(ids), 'token')}, {told}")
     print(_marked(ids, roles, tokenizer))
 
 

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from megatron_med.data.merge import merge_datasets
+from megatron_med.words import counted
 
 
 def main() -> None:
@@ -15,4 +16,4 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
     arguments = parser.parse_args()
     documents, tokens = merge_datasets(arguments.input, arguments.output_prefix, arguments.overwrite)
-    print(f"{arguments.output_prefix}: {documents:,} documents, {tokens:,} tokens")
+    print(f"{arguments.output_prefix}: {counted(documents, 'document')}, {counted(tokens, 'token')}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_med.data.jsonl import Shard
 from megatron_med.data.preprocess import PreprocessOptions, preprocess
 from megatron_med.tokenizer.special import CORPUS_TOKENS
+from megatron_med.words import counted
 
 
 def main() -> None:
@@ -40,11 +41,11 @@ def main() -> None:
     summary = preprocess(options)
     documents, words = max(1, summary.documents), max(1, summary.words)
     if summary.resumed_at:
-        print(f"went on after {summary.resumed_at:,} documents of an earlier run")
+        print(f"went on after {counted(summary.resumed_at, 'document')} of an earlier run")
     print(
-        f"{options.output_prefix}: {summary.documents:,} documents, {summary.tokens:,} tokens, "
+        f"{options.output_prefix}: {counted(summary.documents, 'document')}, {counted(summary.tokens, 'token')}, "
         f"{summary.tokens / documents:,.1f} tokens per document, fertility {summary.tokens / words:.3f} tokens per "
         f"word, {summary.characters / max(1, summary.tokens):.2f} characters per token"
     )
     for reason, count in summary.skipped.most_common():
-        print(f"left out: {count:,} lines, {reason}")
+        print(f"left out: {counted(count, 'line')}, {reason}")

@@ -14,6 +14,7 @@ from megatron_med.data.jsonl import Shard
 from megatron_med.data.preprocess_instructions import InstructionOptions, preprocess_instructions
 from megatron_med.data.records import KINDS
 from megatron_med.tokenizer.template import template_names
+from megatron_med.words import counted
 
 
 def main() -> None:
@@ -28,7 +29,7 @@ def main() -> None:
         f"{summary.tokens / conversations:,.1f} tokens per conversation"
     )
     for reason, count in summary.skipped.most_common():
-        print(f"left out: {count:,} records, {reason}")
+        print(f"left out: {counted(count, 'record')}, {reason}")
 
 
 def _parse() -> InstructionOptions:

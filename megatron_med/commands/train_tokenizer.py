@@ -12,6 +12,7 @@ from megatron_med.data.records import place_of, read_records, spans_of
 from megatron_med.errors import DataError
 from megatron_med.outputs import output_folder, refuse_existing
 from megatron_med.tokenizer.train import save_tokenizer, train_bpe
+from megatron_med.words import counted
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
             f"the text has pairs for {size:,} pieces only, not {arguments.vocab_size:,}: set model.vocab_size: {size}"
         )
     if skipped:
-        print(f"left out: {len(skipped):,} lines, the first is {skipped[0]}")
+        print(f"left out: {counted(len(skipped), 'line')}, the first is {skipped[0]}")
 
 
 def _texts(files: list[Path], key: str, skip: bool, skipped: list[str]) -> Iterator[str]:

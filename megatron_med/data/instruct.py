@@ -22,6 +22,7 @@ from megatron_med.data.sample import Sample
 from megatron_med.data.sources import roles_prefix
 from megatron_med.errors import DataError
 from megatron_med.tokenizer.chat import ANSWER, SHARED
+from megatron_med.words import counted
 
 Numbers = npt.NDArray[np.int64]
 
@@ -96,12 +97,12 @@ def _settle_long(found: ConversationSet, long: Numbers, data: DataConfig) -> Non
         lost = long[~is_kept]
         cut = sum(_is_answer_cut(found, int(number), data) for number in long[is_kept])
         found.told.append(
-            f"{prefix}: {len(long) - len(lost):,} conversations are cut on the {data.truncate} to {room:,} tokens; "
-            f"{cut:,} of them lose a part of an answer"
+            f"{prefix}: cut on the {data.truncate} to {counted(room, 'token')}: "
+            f"{counted(len(long) - len(lost), 'conversation')}, in {cut:,} of them a part of an answer"
         )
     if len(lost):
-        why = "are too long" if data.truncate == "drop" else "would keep nothing that is trained"
-        found.told.append(f"{prefix}: {len(lost):,} conversations {why} and are left out")
+        why = "too long" if data.truncate == "drop" else "nothing that is trained would be kept"
+        found.told.append(f"{prefix}: left out, {why}: {counted(len(lost), 'conversation')}")
     keep = np.setdiff1d(found.numbers, lost)
     found.numbers, found.lengths = keep, np.minimum(found.lengths[keep], room)
 

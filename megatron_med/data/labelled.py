@@ -16,6 +16,7 @@ from megatron_med.config.schema import MULTIPLE_CHOICE, DataConfig, DataSource
 from megatron_med.data.instruct import ConversationSet, ConversationStream, Numbers, open_beside
 from megatron_med.data.sample import Sample, pieces
 from megatron_med.errors import DataError
+from megatron_med.words import counted
 
 _WRONG, _RIGHT = 1, 2
 
@@ -42,7 +43,7 @@ def open_labelled(prefix: str | Path, data: DataConfig, cache: Path) -> Conversa
             "drop, or make the files with a smaller --max-length."
         )
     if len(long):
-        found.told.append(f"{prefix}: {len(long):,} documents are too long and are left out")
+        found.told.append(f"{prefix}: left out, too long: {counted(len(long), 'document')}")
     keep = np.setdiff1d(np.arange(len(lengths)), long)
     if not len(keep):
         raise DataError(f"{prefix} has no document of at most data.sequence_length tokens. Raise it.")

@@ -16,6 +16,7 @@ from megatron_med.kernels.backend import describe_in_short
 from megatron_med.model.flops import parameter_count
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.train.loading import Source
+from megatron_med.words import counted
 
 _SHARDED = {"none": "", "optimizer": ", optimizer states cut", "full": ", parameters cut (FSDP)"}
 _NAMES_SHOWN = 3
@@ -106,8 +107,3 @@ def _named(paths: Sequence[str]) -> str:
     names = [Path(path).name for path in paths]
     more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
     return ", ".join(names[:_NAMES_SHOWN]) + more
-
-
-def counted(number: int, noun: str, plural: str = "s") -> str:
-    """A number and what is counted: ``1 rank``, ``2 ranks``."""
-    return f"{number:,} {noun}{'' if number == 1 else plural}"

@@ -249,7 +249,7 @@ def test_summaries_are_tuned_and_scored_by_beams_and_rouge(
     config = _toy(folder, "meqsum", base, tmp_path)
     tuned = train(config)
     assert tuned.returncode == 0, tuned.stderr
-    assert "1 conversations are too long and are left out" in tuned.stdout
+    assert "left out, too long: 1 conversation" in tuned.stdout
     run, out = tmp_path / "run", tmp_path / "scores"
     arguments = ("--checkpoint", run, "--tasks", f"meqsum={table}", "--output", out)
     assert python("tools/evaluate.py", *arguments, "--limit", 4).returncode == 0

@@ -140,14 +140,14 @@ def test_what_is_too_long(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"2 of 3 conversations do not fit .* the first is conversation 1 with 6"):
         opened("error")
-    assert opened("drop") == ([0], [f"{prefix}: 2 conversations are too long and are left out"])
+    assert opened("drop") == ([0], [f"{prefix}: left out, too long: 2 conversations"])
     numbers, told = opened("right")
     assert numbers == [0, 1]
-    assert "1 conversations are cut on the right to 4 tokens; 1 of them lose a part of an answer" in told[0]
-    assert "would keep nothing that is trained and are left out" in told[1]
+    assert "cut on the right to 4 tokens: 1 conversation, in 1 of them a part of an answer" in told[0]
+    assert "left out, nothing that is trained would be kept: 1 conversation" in told[1]
     numbers, told = opened("left")
     assert numbers == [0, 1, 2]
-    assert told == [f"{prefix}: 2 conversations are cut on the left to 4 tokens; 0 of them lose a part of an answer"]
+    assert told == [f"{prefix}: cut on the left to 4 tokens: 2 conversations, in 0 of them a part of an answer"]
     options = {"sequence_length": 3, "packing": False}
     for truncate, ids in (("right", [1, 2, 3, 4]), ("left", [3, 4, 5, 6])):
         stream = _stream([source], tmp_path, truncate=truncate, **options)

@@ -18,6 +18,7 @@ LEVELS = {
     "errors": 0,
     "files": 0,
     "progress": 0,
+    "words": 0,
     "outputs": 1,
     "page": 1,
     "config": 1,
