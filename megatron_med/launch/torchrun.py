@@ -45,11 +45,16 @@ def launch(launcher: Sequence[str], command: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: its sockets warn at every start
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    from torch.distributed.run import get_args_parser, run
 
     logging.disable(logging.ERROR)  # the agent's, when ranks end; they speak for themselves
     waiting = ["--signals-to-handle", _SIGNALS, "--shutdown-timeout", "300"]
-    arguments = parse_args([*waiting, *launcher, "-m", *command])
+    parser = get_args_parser()
+    parser.usage = "megatron-med COMMAND [torchrun's options] -- ...    (torchrun --help lists them)"
+    arguments = parser.parse_args([*waiting, *launcher, "-m", *command])
+    if str(arguments.nproc_per_node).lstrip("-").isdecimal() and int(arguments.nproc_per_node) < 1:
+        print(f"error: --nproc-per-node is {arguments.nproc_per_node}: at least 1 is needed.", file=sys.stderr)
+        return EXIT_BAD_INPUT
     if "OMP_NUM_THREADS" not in os.environ and str(arguments.nproc_per_node).isdecimal():
         os.environ["OMP_NUM_THREADS"] = str(_threads(int(arguments.nproc_per_node)))
     with tempfile.TemporaryDirectory() as folder:
@@ -57,9 +62,9 @@ def launch(launcher: Sequence[str], command: Sequence[str]) -> int:
         try:
             run(arguments)
         except ChildFailedError as error:
-            return _ended(record, _cause(error))
+            return _ended(record, *_cause(error))
         except SignalException as error:
-            return _ended(record, f"ended by {signal.Signals(error.sigval).name}", 128 + error.sigval)
+            return _ended(record, 128 + error.sigval, f"ended by {signal.Signals(error.sigval).name}")
         except (ValueError, RuntimeError) as error:  # options of torchrun that do not go together, a rendezvous
             print(f"error: {str(error).splitlines()[0]}", file=sys.stderr)
             return EXIT_BAD_INPUT if isinstance(error, ValueError) else EXIT_FAILED
@@ -71,20 +76,22 @@ def _threads(ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
 
 
-def _ended(record: Path, cause: str, code: int = EXIT_FAILED) -> int:
-    """What the ranks have recorded; without a record the cause is told: no rank could."""
+def _ended(record: Path, code: int, cause: str = "") -> int:
+    """The code that the ranks have recorded; else the given one, and the cause, where no rank could tell it."""
     try:
         return int(json.loads(record.read_text(encoding="utf-8"))["code"])
     except (OSError, ValueError, KeyError, TypeError):
-        print(f"error: {cause}", file=sys.stderr)
+        if cause:
+            print(f"error: {cause}", file=sys.stderr)
         return code
 
 
-def _cause(error: ChildFailedError) -> str:
+def _cause(error: ChildFailedError) -> tuple[int, str]:
+    """Exit code of the rank that failed first and, where a signal has ended it, the cause in words."""
     rank, failure = error.get_first_failure()
     code = failure.exitcode
     if code >= 0:
-        return f"rank {rank} ended with code {code}"
+        return code, ""
     name = signal.Signals(-code).name
     memory = ": the machine may have no memory left" if -code == signal.SIGKILL else ""
-    return f"rank {rank} was ended by {name}{memory}"
+    return EXIT_FAILED, f"rank {rank} was ended by {name}{memory}"

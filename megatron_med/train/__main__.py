@@ -28,6 +28,7 @@ _RANK_0_PATIENCE = timedelta(seconds=5)
 
 def main(arguments: list[str]) -> int:
     """Runs one rank and returns its exit code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch is imported: its sockets warn at every start
     try:
         rank, world_size = read_ranks()
     except UserError as error:

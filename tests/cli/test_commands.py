@@ -90,6 +90,23 @@ def test_a_refused_configuration_is_a_line_a_fault_and_code_2(sample_data: Path,
     assert any("parallel.tensor" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("launcher", "told"),
+    [
+        (("--nproc-per-node", "0"), "--nproc-per-node is 0: at least 1 is needed."),
+        (("--nproc-per-node", "x"), "Unsupported nproc_per_node value: x"),
+        (("--nproc-per-node", "2", "--rdzv-backend", "post"), "The rendezvous backend 'post' is not registered"),
+        (("--frobnicate",), "unrecognized arguments: --frobnicate"),
+    ],
+    ids=["0", "x", "post", "frobnicate"],
+)
+def test_options_that_torchrun_does_not_take_are_told(launcher: tuple[str, ...], told: str) -> None:
+    done = python(*COMMAND, "train", *launcher, "--", "config.yaml")
+    assert done.returncode == 2
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+
+
 def test_a_run_ends_with_the_code_of_its_ranks(sample_data: Path, tmp_path: Path) -> None:
     """Asked to stop it saves and ends with 75; where a rank is killed it ends with 1."""
     config = _config(tmp_path, sample_data, train={"steps": 400}, checkpoint={"interval": 0})
