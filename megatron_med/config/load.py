@@ -202,8 +202,8 @@ def _parser(program: str, defaults: dict[str, Any]) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog=program,
-        usage="torchrun --nproc-per-node N -m %(prog)s CONFIG.yaml [--section.key value ...]\n"
-        "       python -m %(prog)s CONFIG.yaml [...] --dry-run --world-size N --rank R   (one rank, no cluster)",
+        usage="megatron-med train [--nproc-per-node N --] CONFIG.yaml [--section.key value ...]\n"
+        "       megatron-med train CONFIG.yaml [...] --dry-run --world-size N --rank R   (one rank, no cluster)",
         exit_on_error=False,
         allow_abbrev=False,
     )
