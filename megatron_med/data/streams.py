@@ -210,7 +210,9 @@ class _Conversations(_Split):
             side = read_side_file(source.path)
             chat = side.get("chat") if side else None
             if not isinstance(chat, dict) or not {"template", "chat_template", "turn_end_id"} <= chat.keys():
-                raise DataError(f"{source.path}.json does not tell the template: run preprocess_instructions.py again.")
+                raise DataError(
+                    f"{source.path}.json does not tell the template: run megatron-med preprocess-instructions again."
+                )
             if found is not None and chat["chat_template"] != found["chat_template"]:
                 raise DataError(
                     f"{source.path} was made with the template {chat['template']}, {self.sources[0].path} with "
@@ -246,7 +248,9 @@ class _Labelled(_Conversations):
         for source in self.sources:
             side = read_side_file(source.path)
             if side is None or not isinstance(side.get("head"), dict):
-                raise DataError(f"{source.path}.json does not tell the head: run preprocess_questions.py again.")
+                raise DataError(
+                    f"{source.path}.json does not tell the head: run megatron-med preprocess-questions again."
+                )
             heads.append(side["head"])
         for source, head in zip(self.sources, heads, strict=True):
             different = [name for name in head if head[name] != heads[0].get(name)]
