@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up an environment (tools/setup_env.sh) and passes the tests, in one process a core, four at most, and one more.
+# Sets up an environment (tools/setup_env.sh) and passes the tests, in one process a core, four at most.
 #   bash tests/run.sh          all but those that take minutes each
 #   bash tests/run.sh --all    those, too: kills, cut links, Slurm, the whole quickstart, long builds
 # Other options go to pytest, paths as seen from the repository: bash tests/run.sh tests/unit -k resume -n 0
@@ -12,6 +12,5 @@ venv=$(bash "$repository/tools/setup_env.sh" test)
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false PATH="$venv/bin:$PATH"
 workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc) # it would take these for the number of cores
 [ "$workers" -le 4 ] || workers=4
-workers=$((workers + 1)) # many tests wait: for a hang to be found, for a port, for a child's start
 cd "$repository"
 exec "$venv/bin/python" -m pytest -n "$workers" "$@"

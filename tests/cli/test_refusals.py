@@ -254,7 +254,7 @@ def test_a_start_leaves_what_other_tools_are_writing(config: Path, tmp_path: Pat
 
 def test_a_model_that_no_memory_holds(config: Path) -> None:
     done = train(config, "--model.hidden_size", 2**20, "--model.ffn_hidden_size", 2**22)
-    _told(done, "the model does not fit into the memory of a rank", "tools/plan.py says what a rank needs")
+    _told(done, "the model does not fit into the memory of a rank", "megatron-med plan says what a rank needs")
     _told(train(config, "--model.num_layers", 10**9), "model.num_layers is 1000000000: it must be at most 65536")
 
 
