@@ -78,16 +78,6 @@ def describe() -> str:
     return "kernels: " + "; ".join(f"{name} ({', '.join(operations)})" for name, operations in by_name.items())
 
 
-def describe_in_short(device: str) -> str:
-    """What serves on a device (``cpu``, ``cuda``) other than plain torch."""
-    by_name: dict[str, list[str]] = {}
-    for operation, name in choices().items():
-        if name != REFERENCE and (name == _asked or _DEVICES.get(name, device) == device):
-            by_name.setdefault(name, []).append(operation)
-    own = [f"{name} ({', '.join(operations)})" for name, operations in by_name.items()]
-    return "; ".join([*own, "the rest in plain torch"]) if own else "plain torch"
-
-
 def operation(reference: F) -> F:
     """Puts the chosen implementation in the place of the reference."""
     if not OPERATIONS[reference.__name__]:

@@ -12,7 +12,7 @@ from megatron_med import __version__
 from megatron_med.checkpoint.folder import read_state
 from megatron_med.config import Config
 from megatron_med.data.streams import Corpora
-from megatron_med.kernels.backend import describe_in_short
+from megatron_med.kernels.backend import describe
 from megatron_med.model.flops import parameter_count
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.train.loading import Source
@@ -23,7 +23,7 @@ _NAMES_SHOWN = 3
 
 
 def banner(config: Config, context: ParallelContext, corpora: Corpora, source: Source | None) -> list[str]:
-    """Model, grid, device, kernels, data, where it begins and where it writes: a line each.
+    """Model, grid, device, data, where it begins and where it writes, kernels: a line each.
 
     Args:
         config: with its steps.
@@ -35,12 +35,11 @@ def banner(config: Config, context: ParallelContext, corpora: Corpora, source: S
         "model": _model(config),
         "grid": _grid(config, context),
         "device": _device(config, context),
-        "kernels": describe_in_short(context.device.type),
         "data": _data(config, corpora, source),
         "begins": _begins(source),
         "writes": _writes(config),
     }
-    return [f"megatron_med {__version__}", *(f"  {name:<8} {text}" for name, text in lines.items())]
+    return [f"megatron_med {__version__}", *(f"  {name:<8} {text}" for name, text in lines.items()), describe()]
 
 
 def _model(config: Config) -> str:
