@@ -234,7 +234,7 @@ def test_templates_that_cannot_be_trusted(tmp_path: Path, jinja: str, message: s
 
 def test_a_template_without_what_it_needs_is_refused(tmp_path: Path, sample_tokenizer: Path) -> None:
     bare = load_tokenizer(sample_tokenizer)
-    with pytest.raises(DataError, match=r"needs the special token <\|im_end\|>, <\|im_start\|>.*extend_tokenizer"):
+    with pytest.raises(DataError, match=r"needs the special token <\|im_end\|>, <\|im_start\|>.*extend-tokenizer"):
         load_template("chatml", bare)
     with pytest.raises(UserError, match="--template is 'vicuna': give alpaca, biomed_llama"):
         load_template("vicuna", bare)
