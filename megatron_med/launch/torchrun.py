@@ -73,7 +73,8 @@ def launch(launcher: Sequence[str], command: Sequence[str]) -> int:
 
 def _threads(ranks: int) -> int:
     """Of each rank: the cores shared out."""
-    return max(1, len(os.sched_getaffinity(0)) // max(1, ranks))
+    here = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)  # macOS has none
+    return max(1, len(here) // max(1, ranks))
 
 
 def _ended(record: Path, code: int, cause: str = "") -> int:
