@@ -216,7 +216,7 @@ def test_a_record_that_cannot_be_used_is_named(tokenizer: Path, tmp_path: Path, 
     done = _make(tokenizer, tmp_path / "out", [path], "--skip-bad-records")
     assert done.returncode == 0
     assert "2 conversations" in done.stdout
-    assert "left out: 1 records, " in done.stdout
+    assert "left out: 1 record, " in done.stdout
 
 
 def test_commands_that_cannot_be_meant(tokenizer: Path, sample_tokenizer: Path, tmp_path: Path) -> None:

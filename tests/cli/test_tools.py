@@ -88,7 +88,7 @@ def test_bad_lines_are_named_or_counted(tmp_path: Path, sample_tokenizer: Path, 
     assert not list(tmp_path.glob("out*"))
     done = python("tools/preprocess_data.py", *arguments, "--skip-bad-lines")
     assert done.returncode == 0
-    assert "left out: 1 lines" in done.stdout
+    assert "left out: 1 line, " in done.stdout
     assert len(IndexedDataset(tmp_path / "out")) == 2
 
 
