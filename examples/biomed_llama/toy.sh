@@ -16,7 +16,7 @@ tool convert_checkpoint import --from base --to checkpoints/llama
 say "continued pretraining: sharded in pairs, replicated across them"
 awk 'NR % 2 == 0' train.jsonl > pubmed.jsonl
 tokens pubmed pubmed.jsonl tokenizer
-train 4 "$here/pretrain.yaml" continued --base checkpoints/llama --train pubmed --valid base-valid --steps 24 --replicate 2
+train 4 "$here/pretrain.yaml" continued --base checkpoints/llama --train pubmed --valid base-valid --steps 24 --batch 8 --replicate 2
 
 say "instruction data: question sets, Alpaca, chains of thought"
 instructions() { tool preprocess_instructions --template biomed_llama --tokenizer tokenizer "$@"; }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 import yaml
 
+from tests.cli.forked_python import become
 from tests.conftest import REPOSITORY
 from tests.ranks import forkserver, free_port
 
@@ -188,19 +188,7 @@ def _run_command(arguments: list[str], env: dict[str, str], out: Path, err: Path
         opened = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, descriptor)
         os.close(opened)
-    os.chdir(REPOSITORY)
-    os.environ.clear()
-    os.environ.update(env)
-    if arguments[0] == "-m":
-        sys.argv = arguments[1:]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    elif arguments[0] == "-c":
-        sys.argv = ["-c", *arguments[2:]]
-        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
-    else:
-        sys.argv = arguments
-        sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
-        runpy.run_path(arguments[0], run_name="__main__")
+    become(arguments, REPOSITORY, env)
 
 
 def torchrun_command(ranks: int, *arguments: object) -> list[str]:

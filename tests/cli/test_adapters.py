@@ -147,7 +147,8 @@ def test_only_adapters_are_saved_and_a_resume_on_another_grid_is_exact(
 
 def test_beside_few_bits_a_run_goes_on_and_says_what_its_base_was(data: Path, base: Path, tmp_path: Path) -> None:
     """With the 8-bit optimizer; a resumed run is bitwise the one that went on, and a change is told."""
-    options = ("--lora.rank", 16, "--optimizer.name", "adamw8bit")
+    smaller = ("--train.global_batch_size", 2, "--data.sequence_length", 256)
+    options = ("--lora.rank", 16, "--optimizer.name", "adamw8bit", *smaller)
     config = _config(tmp_path, data, base)
     curves = []
     for name, stops in (("whole", [6]), ("stopped", [3, 6])):

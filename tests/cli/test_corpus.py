@@ -25,7 +25,7 @@ from megatron_med.corpus.records import read_records
 from megatron_med.data.indexed import IndexedDataset
 from megatron_med.data.sources import recorded_tokenizer
 from megatron_med.tokenizer.special import CORPUS_TOKENS
-from tests.cli.processes import python, python_path, real_python
+from tests.cli.processes import python, real_python
 from tests.conftest import REPOSITORY
 from tests.corpora import recipe_source, write_lines
 from tests.unit.test_corpus_cleaning import pubmed_xml
@@ -61,16 +61,13 @@ def _planted(shared: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def recipe(shared: Path, tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
-    """Every kind of source, on the real records of the shared data folder; of MEDLINE's abstracts a third, and all with
-    ``--all``."""
+def recipe(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind of source, on the real records of the shared data folder; of MEDLINE's abstracts a third."""
     folder = tmp_path_factory.mktemp("raw")
-    medline = shared / "pubmed" / "abstracts_medline.jsonl"
-    if not pytestconfig.getoption("--all"):
-        abstracts = [record for _, record in read_records(medline)]
-        (folder / "medline").mkdir()
-        medline = folder / "medline" / "abstracts.jsonl"
-        write_lines(medline, abstracts[:3] + abstracts[3::3])  # the first ones are those of the planted records
+    abstracts = [record for _, record in read_records(shared / "pubmed" / "abstracts_medline.jsonl")]
+    (folder / "medline").mkdir()
+    medline = folder / "medline" / "abstracts.jsonl"
+    write_lines(medline, abstracts[:3] + abstracts[3::3])  # the first ones are those of the planted records
     write_lines(folder / "planted.jsonl", _planted(shared))
     records = [record for _, record in read_records(shared / "pubmed" / "abstracts_ccby.jsonl")]
     (folder / "baseline.xml.gz").write_bytes(gzip.compress(pubmed_xml(records[:XML_RECORDS]).encode()))
@@ -388,7 +385,7 @@ def test_the_report_opens_in_a_browser(corpus: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_from_raw_records_to_a_training_run(shared: Path, tmp_path: Path) -> None:
+def test_from_raw_records_to_a_training_run(shared: Path, tmp_path: Path, forked_environment: dict[str, str]) -> None:
     """The README's walk: a folder for each source, one command."""
     raw = tmp_path / "raw"
     files = {
@@ -404,20 +401,11 @@ def test_from_raw_records_to_a_training_run(shared: Path, tmp_path: Path) -> Non
     (raw / "llama2").mkdir()
     (raw / "llama2" / "tokenizer.model").symlink_to(shared / "tokenizers" / "llama2_tokenizer.model")
     (raw / "pubmed").mkdir()
-    records = [record for _, record in read_records(shared / "pubmed" / "abstracts_ccby.jsonl")]
+    records = [record for _, record in read_records(shared / "pubmed" / "abstracts_ccby.jsonl")][:XML_RECORDS]
     (raw / "pubmed" / "pubmed26n0001.xml.gz").write_bytes(gzip.compress(pubmed_xml(records).encode()))
-    environment = os.environ | {"MEGATRON_MED_VENV": str(Path(python_path()).parents[1])}
-    command = [
-        "bash",
-        "examples/gap_replay/sample.sh",
-        "--raw",
-        str(raw),
-        "--work",
-        str(tmp_path / "work"),
-        "--steps",
-        "6",
-    ]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=280)
+    command = ["bash", "examples/gap_replay/sample.sh", "--raw", str(raw), "--work", str(tmp_path / "work")]
+    command += ["--steps", "6"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=forked_environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "work" / "runs" / "gap_replay_sample"
     losses = [step["loss"] for step in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
@@ -425,7 +413,7 @@ def test_from_raw_records_to_a_training_run(shared: Path, tmp_path: Path) -> Non
     assert losses[-1] < losses[0]
     assert (tmp_path / "work" / "data" / "gap_replay_sample" / "report.html").is_file()
     wrong = subprocess.run(
-        [*command[:2], "--raw", "/nowhere"], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+        [*command[:2], "--raw", "/nowhere"], cwd=REPOSITORY, env=forked_environment, capture_output=True, text=True
     )
     assert wrong.returncode == 2
     assert "error: there is no /nowhere" in wrong.stderr

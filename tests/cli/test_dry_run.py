@@ -39,15 +39,15 @@ def _cluster_of(recipe: Path) -> tuple[str, int | None]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_passes_on_the_first_a_middle_and_the_last_rank(recipe: Path) -> None:
-    """Without a pipeline a middle rank runs what the first does, and is left out."""
+    """Without a pipeline a middle rank runs what the first does, and is left out; and a micro-batch what the next."""
     world_size = parse_cluster(_cluster_of(recipe)[0]).world_size
     config = load_config([str(recipe)], world_size)
-    ranks = [0, world_size // 2 + 5, world_size - 1]
+    ranks, batches = [0, world_size // 2 + 5, world_size - 1], "2"
     if config.parallel.pipeline == 1:
-        ranks = [ranks[0], ranks[-1]]
+        ranks, batches = [ranks[0], ranks[-1]], "1"
     with ExitStack() as stack:
         commands = (
-            [*TRAIN, str(recipe), *map(str, _world(world_size, rank)), "--micro-batches", "2"] for rank in ranks
+            [*TRAIN, str(recipe), *map(str, _world(world_size, rank)), "--micro-batches", batches] for rank in ranks
         )
         processes = [stack.enter_context(started_forked(command)) for command in commands]
         done = [process.communicate(TIMEOUT) for process in processes]

@@ -68,18 +68,21 @@ def _final(run: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_kills_leave_the_final_weights_bitwise_equal(config: Path, tmp_path: Path) -> None:
+def test_kills_leave_the_final_weights_bitwise_equal(
+    config: Path, tmp_path: Path, forked_environment: dict[str, str]
+) -> None:
     """A random rank is killed at random moments: while starting, training, saving. torchrun restarts both."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    ranks = {"PYTHON_EXEC": forked_environment["PYTHON_EXEC"]}
     command = torchrun_command(2, *TRAIN, config, "--train.output_dir", whole)
-    subprocess.run(command, env=environment(), cwd=REPOSITORY, timeout=TIMEOUT, check=True, capture_output=True)
+    subprocess.run(command, env=environment() | ranks, cwd=REPOSITORY, timeout=TIMEOUT, check=True, capture_output=True)
 
     chance = random.Random(5)
     log = tmp_path / "log"
     options = ("--max-restarts", KILLS + 5, "--monitor-interval", 0.1)
     command = torchrun_command(2, *options, *TRAIN, config, "--train.output_dir", broken)
     kills, ends = 0, []
-    with started(command, log) as process:
+    with started(command, log, ranks) as process:
         before: set[int] = set()
         while kills < KILLS:
             workers = _await_workers(process, before, log)

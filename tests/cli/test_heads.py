@@ -213,24 +213,27 @@ def _toy(folder: Path, recipe: str, base: Path, out: Path) -> Path:
     return out / "config.yaml"
 
 
-def _prepare(*arguments: object) -> None:
+def _prepare(environment: dict[str, str], *arguments: object) -> None:
     command = ["bash", str(RECIPES / "prepare.sh"), *map(str, arguments)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=100, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("recipe", HEADS)
-def test_a_recipe_of_a_head_runs(folder: Path, tmp_path: Path, recipe: str) -> None:
+def test_a_recipe_of_a_head_runs(folder: Path, tmp_path: Path, recipe: str, forked_environment: dict[str, str]) -> None:
     rows = [f"{n}\tIs it {n}?\t{n} is a {'fever' if n % 2 else 'rash'}.\t{'yes' if n % 2 else 'no'}" for n in range(40)]
     (folder / "train.tsv").write_text("\n".join(rows) + "\n")
-    _prepare(recipe, folder / HEADS[recipe], tmp_path / "data", folder / "tokenizer", "--max-length", 64)
+    raw = folder / HEADS[recipe]
+    _prepare(forked_environment, recipe, raw, tmp_path / "data", folder / "tokenizer", "--max-length", 64)
     done = train(_toy(folder, recipe, folder / "base", tmp_path))
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "checkpoints" / "best").is_file()
 
 
 def test_summaries_are_tuned_and_scored_by_beams_and_rouge(
-    folder: Path, tmp_path: Path, sample_tokenizer: Path
+    folder: Path, tmp_path: Path, sample_tokenizer: Path, forked_environment: dict[str, str]
 ) -> None:
     tokenizer, base, table = tmp_path / "tokenizer", tmp_path / "base", tmp_path / "meqsum.csv"
     extend_tokenizer(sample_tokenizer, SUMMARY_TOKENS, tokenizer)
@@ -245,7 +248,7 @@ def test_summaries_are_tuned_and_scored_by_beams_and_rouge(
                 [number, f"SUBJECT: {what}\nMESSAGE: I have {what}, what helps?", f"How is {what} treated?"]
             )
         writer.writerow([24, "fever " * 400, "How is fever treated?"])
-    _prepare("meqsum", table, tmp_path / "data", tokenizer)
+    _prepare(forked_environment, "meqsum", table, tmp_path / "data", tokenizer)
     config = _toy(folder, "meqsum", base, tmp_path)
     tuned = train(config)
     assert tuned.returncode == 0, tuned.stderr

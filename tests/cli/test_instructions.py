@@ -441,7 +441,9 @@ def test_recipes_are_planned_and_started_dry(name: str) -> None:
     assert "absent: " in dry.stdout
 
 
-def test_meditrons_sets_come_from_its_script(shared: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_meditrons_sets_come_from_its_script(
+    shared: Path, tokenizer: Path, tmp_path: Path, forked_environment: dict[str, str]
+) -> None:
     """A toy run of each: MedQA by letter and PubMedQA explained, from raw file to a trained model."""
     for task, kind, raw, wanted in (
         (
@@ -463,17 +465,15 @@ def test_meditrons_sets_come_from_its_script(shared: Path, tokenizer: Path, tmp_
             r"entrance exam questions\. .*The answer is: [A-D] ###<\|im_end",
         ),
     ):
-        command = [
-            "bash",
-            "examples/gap_replay/sft/prepare.sh",
-            task,
-            kind,
-            shared / "qa" / raw,
-            tmp_path / task,
-            tokenizer,
-        ]
+        command = ["bash", "examples/gap_replay/sft/prepare.sh", task, kind, shared / "qa" / raw]
         done = subprocess.run(
-            list(map(str, command)), cwd=REPOSITORY, capture_output=True, text=True, timeout=120, check=False
+            list(map(str, [*command, tmp_path / task, tokenizer])),
+            cwd=REPOSITORY,
+            env=forked_environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         for text in _texts(tmp_path / task, tokenizer)[:30]:

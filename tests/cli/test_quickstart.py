@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.cli.processes import environment, read_metrics
+from tests.cli.processes import read_metrics
 from tests.conftest import REPOSITORY, SAMPLE
 
 RUN = REPOSITORY / "examples" / "quickstart" / "run.sh"
@@ -20,10 +19,9 @@ RUN = REPOSITORY / "examples" / "quickstart" / "run.sh"
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_quickstart_runs_on_the_users_own_text(tmp_path: Path) -> None:
+def test_quickstart_runs_on_the_users_own_text(tmp_path: Path, forked_environment: dict[str, str]) -> None:
     """With ``--data``, from another folder, in this environment."""
-    venv = Path(sys.prefix)
-    if not list(venv.glob(".megatron_med-*")):
+    if not list(Path(sys.prefix).glob(".megatron_med-*")):
         pytest.skip("this environment was not made by tools/setup_env.sh: run.sh would make another one")
     own = tmp_path / "own text.jsonl"
     shutil.copy(SAMPLE, own)
@@ -31,7 +29,7 @@ def test_quickstart_runs_on_the_users_own_text(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", str(RUN), "--data", str(own), "--output", str(output)],
         cwd=tmp_path,
-        env=environment() | {"MEGATRON_MED_VENV": str(venv), "PATH": os.environ["PATH"]},
+        env=forked_environment,
         capture_output=True,
         text=True,
         timeout=840,

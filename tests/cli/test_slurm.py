@@ -6,7 +6,8 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -47,11 +48,19 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSlurm]:
         yield cluster
 
 
-def _submit(slurm: LocalSlurm, log: Path, *arguments: str, nodes: int = 2, processes: int = 2) -> Job:
+@pytest.fixture
+def submit(slurm: LocalSlurm, forked_environment: dict[str, str], tmp_path: Path) -> Callable[..., Job]:
+    """Submits the recipe; its launcher is the real one, its ranks are forked."""
+    python = {"MEGATRON_MED_PYTHON": python_path(), "PYTHON_EXEC": forked_environment["PYTHON_EXEC"]}
+    return partial(_submit, slurm, python, tmp_path / "job.log")
+
+
+def _submit(
+    slurm: LocalSlurm, python: dict[str, str], log: Path, *arguments: str, nodes: int = 2, processes: int = 2
+) -> Job:
     """The recipe's own script, on nodes without GPUs."""
     smaller = [f"--nodes={nodes}", "--gpus-per-node=0", "--cpus-per-task=1", "--time=60", f"--output={log}"]
-    env = {"MEGATRON_MED_PYTHON": python_path(), "MEGATRON_MED_PROCESSES": str(processes)}
-    env["MEGATRON_MED_SRUN"] = "--label"
+    env = python | {"MEGATRON_MED_PROCESSES": str(processes), "MEGATRON_MED_SRUN": "--label"}
     command = ("sbatch", "--parsable", f"--chdir={REPOSITORY}", *smaller, "examples/gap_replay/70b.sbatch")
     return Job(slurm, slurm.run(*command, *arguments, env=env))
 
@@ -61,9 +70,11 @@ def _toy(prefix: Path, run: Path) -> list[str]:
     return [word for name, value in given.items() for word in (f"--{name}", str(value))]
 
 
-def test_a_warned_job_saves_is_requeued_and_finishes(slurm: LocalSlurm, sample_data: Path, tmp_path: Path) -> None:
+def test_a_warned_job_saves_is_requeued_and_finishes(
+    slurm: LocalSlurm, submit: Callable[..., Job], sample_data: Path, tmp_path: Path
+) -> None:
     run, log = tmp_path / "run", tmp_path / "job.log"
-    job = _submit(slurm, log, *_toy(sample_data, run))
+    job = submit(*_toy(sample_data, run))
     wait_for_step(run, 5, job, log)
     slurm.run(
         "scancel", "--batch", "--signal=USR1", job.number
@@ -80,9 +91,11 @@ def test_a_warned_job_saves_is_requeued_and_finishes(slurm: LocalSlurm, sample_d
     assert "loaded" in output, "the second start did not go on from the first one's checkpoint"
 
 
-def test_a_cancelled_job_does_not_come_back(slurm: LocalSlurm, sample_data: Path, tmp_path: Path) -> None:
+def test_a_cancelled_job_does_not_come_back(
+    slurm: LocalSlurm, submit: Callable[..., Job], sample_data: Path, tmp_path: Path
+) -> None:
     run, log = tmp_path / "run", tmp_path / "job.log"
-    job = _submit(slurm, log, *_toy(sample_data, run))
+    job = submit(*_toy(sample_data, run))
     wait_for_step(run, 3, job, log)
     slurm.run("scancel", job.number)
     ended = job.wait()
@@ -91,17 +104,19 @@ def test_a_cancelled_job_does_not_come_back(slurm: LocalSlurm, sample_data: Path
     assert ended["Restarts"] == "0"
 
 
-def test_a_bad_configuration_ends_the_job_at_once(slurm: LocalSlurm, sample_data: Path, tmp_path: Path) -> None:
+def test_a_bad_configuration_ends_the_job_at_once(
+    submit: Callable[..., Job], sample_data: Path, tmp_path: Path
+) -> None:
     log = tmp_path / "job.log"
-    job = _submit(slurm, log, *_toy(sample_data, tmp_path / "run"), "--parallel.tensor", "3")
+    job = submit(*_toy(sample_data, tmp_path / "run"), "--parallel.tensor", "3")
     ended = job.wait()
     assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "2:0", "0"), log.read_text()
     assert "parallel.tensor is 3" in log.read_text()
 
 
-def test_without_gpus_the_script_says_what_to_ask_for(slurm: LocalSlurm, tmp_path: Path) -> None:
+def test_without_gpus_the_script_says_what_to_ask_for(submit: Callable[..., Job], tmp_path: Path) -> None:
     log = tmp_path / "job.log"
-    ended = _submit(slurm, log, nodes=1, processes=0).wait()
+    ended = submit(nodes=1, processes=0).wait()
     assert ended["ExitCode"] == "2:0"
     assert "--gpus-per-node" in log.read_text()
 

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from megatron_med.corpus.contamination import QuestionSearch, simplified_words, what_tells
+from tests.cli.forked_python import forked_python, with_python_of
 from tests.conftest import REPOSITORY
 
 EXAMPLES = REPOSITORY / "examples"
@@ -57,15 +59,18 @@ sys.meta_path[:] = map(Without, sys.meta_path)
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_a_system_goes_from_raw_text_to_its_table(system: str, tmp_path: Path) -> None:
+def test_a_system_goes_from_raw_text_to_its_table(system: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     published, tasks, runs = SYSTEMS[system]
     built = system != WITHOUT_COMPILER
     command = ["bash", str(EXAMPLES / system / "toy.sh"), "--output", str(tmp_path / "out")]
-    environment = {**os.environ, "MEGATRON_MED_VENV": os.environ.get("MEGATRON_MED_VENV", sys.prefix)}
-    if not built:
-        (tmp_path / "sitecustomize.py").write_text(NOT_BUILT)
-        environment["PYTHONPATH"] = str(tmp_path)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path)
+    with ExitStack() as stack:
+        if built:
+            environment = request.getfixturevalue("forked_environment")
+        else:
+            (tmp_path / "sitecustomize.py").write_text(NOT_BUILT)
+            environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+            environment |= with_python_of(stack.enter_context(forked_python(environment)))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     for extension in ("_megatron_med_index", "_megatron_med_kernels"):
         assert (f"{extension} was not built, for lack of a compiler" in done.stdout) == (not built)

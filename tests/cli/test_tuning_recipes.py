@@ -31,9 +31,11 @@ def _succeeded(*arguments: object) -> str:
     return done.stdout
 
 
-def _script(*arguments: object) -> None:
+def _script(environment: dict[str, str], *arguments: object) -> None:
     command = ["bash", *map(str, arguments)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -107,15 +109,17 @@ def _export(checkpoint: Path, target: Path, ends_with: str) -> None:
 
 
 @pytest.mark.slow
-def test_alpaca_then_medalpaca(shared: Path, tokenizer: Path, base: Path, tmp_path: Path) -> None:
+def test_alpaca_then_medalpaca(
+    shared: Path, tokenizer: Path, base: Path, tmp_path: Path, forked_environment: dict[str, str]
+) -> None:
     """The two stages by LoRA: what the first has tuned is the base of the second. The toy of MedAlpaca runs 7b."""
     prepare = EXAMPLES / "medalpaca" / "prepare.sh"
     first, second = (
         shared / "instruct" / "gsm8k_alpaca.json",
         shared / "instruct" / "medical_meadow_wikidoc_patient.json",
     )
-    _script(prepare, "alpaca", tokenizer, tmp_path / "alpaca", 100, first)
-    _script(prepare, "medalpaca", tokenizer, tmp_path / "meadow", 0.1, second)
+    _script(forked_environment, prepare, "alpaca", tokenizer, tmp_path / "alpaca", 100, first)
+    _script(forked_environment, prepare, "medalpaca", tokenizer, tmp_path / "meadow", 0.1, second)
     lines = (tmp_path / "meadow-valid.jsonl").read_text().splitlines()
     assert len(lines) == 200
     for stage, data in (("alpaca", "alpaca-train"), ("medalpaca", "meadow-train")):
@@ -129,10 +133,14 @@ def test_alpaca_then_medalpaca(shared: Path, tokenizer: Path, base: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_medalpaca_in_few_bits(shared: Path, tokenizer: Path, wide_base: Path, tmp_path: Path) -> None:
+def test_medalpaca_in_few_bits(
+    shared: Path, tokenizer: Path, wide_base: Path, tmp_path: Path, forked_environment: dict[str, str]
+) -> None:
     """From raw file to adapter and merged model, on one process and at TP 2 x PP 2. The toy of MedAlpaca runs int8."""
     raw = shared / "instruct" / "medical_meadow_wikidoc_patient.json"
-    _script(EXAMPLES / "medalpaca" / "prepare.sh", "medalpaca", tokenizer, tmp_path / "meadow", 0.1, raw)
+    _script(
+        forked_environment, EXAMPLES / "medalpaca" / "prepare.sh", "medalpaca", tokenizer, tmp_path / "meadow", 0.1, raw
+    )
     data = [{"path": str(tmp_path / "meadow-train")}]
     wider = ("--model.hidden_size", 128, "--model.head_dim", 32, "--model.ffn_hidden_size", 256)
     common = (*wider, "--optimizer.lr", 5e-2, "--lora.dropout", 0, "--lora.rank", 32, "--train.micro_batch_size", 1)
@@ -168,11 +176,13 @@ def test_medalpaca_in_few_bits(shared: Path, tokenizer: Path, wide_base: Path, t
 
 
 @pytest.mark.slow
-def test_meditrons_set_at_70b(shared: Path, tokenizer: Path, base: Path, tmp_path: Path) -> None:
+def test_meditrons_set_at_70b(
+    shared: Path, tokenizer: Path, base: Path, tmp_path: Path, forked_environment: dict[str, str]
+) -> None:
     """The toy of Meditron runs 7b, and the other sets."""
     raw, run = shared / "qa" / "medqa_us_4opt_a.jsonl", tmp_path / "run"
     script = EXAMPLES / "gap_replay" / "sft" / "prepare.sh"
-    _script(script, "medqa", "answer", raw, tmp_path / "medqa", tokenizer)
+    _script(forked_environment, script, "medqa", "answer", raw, tmp_path / "medqa", tokenizer)
     grid = ("--parallel.tensor", 2, "--parallel.pipeline", 2)
     losses = _tune("gap_replay/sft/70b.yaml", [{"path": str(tmp_path / "medqa")}], base, run, *grid, ranks=4)
     assert losses[-1] < losses[0] - 0.5
