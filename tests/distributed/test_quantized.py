@@ -202,7 +202,7 @@ def tuned(request: pytest.FixtureRequest, sample_data: Path, tmp_path_factory: p
 
 def _wide(config: Config) -> Config:
     config.model = ModelConfig(**SIZES[config.model.family] | {"num_layers": 5})
-    config.train.steps = 6
+    config.train.steps = 3
     return config
 
 
