@@ -16,7 +16,7 @@ from setuptools.command.build_ext import build_ext
 KERNELS = Path("csrc/kernels")
 TORCH_TARGET_VERSION = "0x020a000000000000"
 """2.10: the oldest torch whose stable ABI has all that the kernels call."""
-PER_CAPABILITY = [KERNELS / "cpu/decode_attention_group.cpp"]
+PER_CAPABILITY = [KERNELS / "cpu/decode_attention_group.cpp", *sorted(KERNELS.glob("cpu/*_rows.cpp"))]
 """Compiled once per instruction set."""
 CAPABILITIES = {
     "baseline": ["-DMEGATRON_MED_VECTOR_BYTES=16"],

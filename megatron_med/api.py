@@ -13,8 +13,11 @@ user can mend is raised as ``megatron_med.errors.UserError``.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ import torch.distributed as dist
 from megatron_med import config as configuration
 from megatron_med.checkpoint.huggingface import convert
 from megatron_med.config import Config
+from megatron_med.config.validate import validate
+from megatron_med.errors import ConfigError
 from megatron_med.inference.answers import encode_prompt
 from megatron_med.inference.engine import Engine
 from megatron_med.inference.grid import join_grid
@@ -34,7 +39,7 @@ from megatron_med.launch.environment import read_ranks
 from megatron_med.launch.process_group import start_process_group
 from megatron_med.model.build import DTYPES
 from megatron_med.plan import predict
-from megatron_med.plan.cluster import parse_cluster
+from megatron_med.plan.cluster import check_precision, parse_cluster
 from megatron_med.plan.predict import Plan
 from megatron_med.train import loop
 from megatron_med.train.loop import Outcome
@@ -50,17 +55,13 @@ def load_config(path: str | Path, changes: Mapping[str, Any] | None = None, *, w
 
     Args:
         path: YAML file.
-        changes: ``section.key`` to value, in the place of the file's.
+        changes: ``section.key`` to value (a text stays a text), in the place of the file's.
         world_size: ranks that it is for; None: those that torchrun has started, or 1.
 
     Raises:
         ConfigError: with every fault.
     """
-    given = [
-        word
-        for name, value in (changes or {}).items()
-        for word in (f"--{name}", value if isinstance(value, str) else json.dumps(value, default=str))
-    ]
+    given = [word for name, value in (changes or {}).items() for word in (f"--{name}", json.dumps(value, default=str))]
     return configuration.load_config([str(path), *given], read_ranks()[1] if world_size is None else world_size)
 
 
@@ -74,17 +75,37 @@ def train(config: Config) -> Outcome:
     Raises:
         UserError: data, run folder or checkpoint do not fit the configuration.
     """
+    _check_world(config, read_ranks()[1])
     stop = StopRequest()
     folder = RunFolder(config.train.output_dir)
-    device, _ = start_process_group(timedelta(minutes=config.train.timeout_minutes), lambda: stop.asked)
-    try:
-        outcome = loop.train(set_up(config, folder, device), stop)
-        if dist.get_rank() == 0:
-            folder.write_exit(outcome.code, outcome.reason, outcome.retry)
-    finally:
-        dist.destroy_process_group()
-        folder.release()
+    with _leaving_no_group():
+        device, _ = start_process_group(timedelta(minutes=config.train.timeout_minutes), lambda: stop.asked)
+        try:
+            outcome = loop.train(set_up(config, folder, device), stop)
+            if dist.get_rank() == 0:
+                folder.write_exit(outcome.code, outcome.reason, outcome.retry)
+        finally:
+            folder.release()
     return outcome
+
+
+def _check_world(config: Config, world_size: int) -> None:
+    """A configuration may have been read for another number of ranks."""
+    faults = validate(config, world_size)
+    if faults:
+        raise ConfigError(faults)
+
+
+@contextmanager
+def _leaving_no_group() -> Iterator[None]:
+    """The process group is gone afterwards, and so is the mark of the rank that torch puts on tracebacks."""
+    hook = sys.excepthook
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.excepthook = hook
 
 
 def plan(config: Config, cluster: str, *, nics: int | None = None) -> Plan:
@@ -98,7 +119,10 @@ def plan(config: Config, cluster: str, *, nics: int | None = None) -> Plan:
     Raises:
         ConfigError: there is no such kind, or the configuration does not suit it.
     """
-    return predict.plan(config, parse_cluster(cluster, nics))
+    found = parse_cluster(cluster, nics)
+    check_precision(config)
+    _check_world(config, found.world_size)
+    return predict.plan(config, found)
 
 
 def import_huggingface(
@@ -143,7 +167,7 @@ def generate(
 
     Args:
         checkpoint: RUN, RUN/checkpoints, one step, or a Hugging Face folder.
-        prompts: texts.
+        prompts: texts, in a list.
         max_new_tokens: of each answer, at most.
         stop: texts that end an answer.
         seed: of what is drawn.
@@ -158,7 +182,8 @@ def generate(
     Raises:
         UserError: the checkpoint or an option cannot be used, a prompt is too long.
     """
-    try:
+    _check_generate(prompts, max_new_tokens, stop, batch_size, precision, sampling)
+    with _leaving_no_group():
         context = join_grid(tensor, pipeline, replicas=False, timeout=timedelta(hours=2))
         loaded = load_model(str(checkpoint), context, Settings(DTYPES[precision]))
         given = (encode_prompt(text, loaded, False) for text in prompts)
@@ -168,6 +193,30 @@ def generate(
         engine = Engine(loaded.model, Sampling(**sampling), loaded.stopping(stop), batch_size)
         found = {answer.request: answer.text for answer in engine.answers(requests)}
         return [found[number] for number in range(len(requests))]
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+
+
+def _check_generate(
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    stop: Sequence[str],
+    batch_size: int,
+    precision: str,
+    sampling: Mapping[str, Any],
+) -> None:
+    faults = [
+        f"{name} is no list of texts: give [{value!r}] for a single one."
+        for name, value in (("prompts", prompts), ("stop", stop))
+        if isinstance(value, str) or not all(isinstance(text, str) for text in value)
+    ]
+    numbers = (("max_new_tokens", max_new_tokens), ("batch_size", batch_size))
+    faults += [f"{name} is {value}: it must be at least 1." for name, value in numbers if value < 1]
+    if precision not in ("fp32", "bf16"):
+        faults.append(f"precision is {precision}: it can be fp32 or bf16.")
+    known = [field.name for field in dataclasses.fields(Sampling)]
+    faults += [
+        f"generate takes no {name}; of how tokens are chosen there are {', '.join(known)}."
+        for name in sampling
+        if name not in known
+    ]
+    if faults:
+        raise ConfigError(faults)

@@ -149,11 +149,23 @@ MEMORY_GRIDS: dict[str, tuple[int, dict[str, Any]]] = {
 WIDE = {"hidden_size": 128, "num_attention_heads": 8, "max_position_embeddings": 256}
 
 
+def memory_batch(parallel: dict[str, Any]) -> int:
+    """Samples of a step whose memory is measured: FSDP2's first micro-batch is unlike the next, which is planned."""
+    return 16 if parallel.get("sharding") == "full" else 8
+
+
 def memory_config(prefix: Path, grid: str, family: str = "llama") -> Config:
     """A run whose tensors are large beside what Python and torch take for themselves."""
     groups = {"num_query_groups": 4, "ffn_hidden_size": 704} if family == "llama" else {}
     model = MODELS[family] | WIDE | groups
-    config = make_config(prefix, model, precision="bf16", batch=16, micro_batch=2, **MEMORY_GRIDS[grid][1])
+    config = make_config(
+        prefix,
+        model,
+        precision="bf16",
+        batch=memory_batch(MEMORY_GRIDS[grid][1]),
+        micro_batch=2,
+        **MEMORY_GRIDS[grid][1],
+    )
     config.data.sequence_length = 128
     return config
 

@@ -16,18 +16,44 @@ python=${PYTHON:-python3}
 }
 state=$(cd "$repository" && find csrc -type f | LC_ALL=C sort | xargs cat constraints.txt pyproject.toml setup.py | cksum)
 ready() { [ "$(cat "$venv/.megatron_med-$1" 2>/dev/null)" = "$repository $state" ]; }
+built() { # with whatever extra: megatron_med itself need not be built again
+  local mark
+  for mark in "$venv"/.megatron_med-*; do ready "${mark##*.megatron_med-}" && return; done
+  return 1
+}
+requirements() { # of the extra, and of the extras it names
+  "$venv/bin/python" - "$repository/pyproject.toml" "$extra" <<'PY'
+import re, sys, tomllib
+
+with open(sys.argv[1], "rb") as file:
+    extras = tomllib.load(file)["project"]["optional-dependencies"]
+
+
+def flat(name):
+    for requirement in extras[name]:
+        ours = re.fullmatch(r"megatron_med\[(.*)\]", requirement)
+        yield from (inner for other in ours[1].split(",") for inner in flat(other)) if ours else [requirement]
+
+
+print("\n".join(flat(sys.argv[2])))
+PY
+}
 if ! ready "$extra" && ! ready test; then  # test holds every other extra that the scripts ask for
   echo "setting up $venv (once; a few minutes)" >&2
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
-  # torch comes first and pinned, so that nothing behind it pulls another build.
-  if [ -n "${MEGATRON_MED_TORCH_INDEX:-}" ]; then
-    "${pip[@]}" --index-url "$MEGATRON_MED_TORCH_INDEX" torch==2.13.0 >&2
+  constrained=(-c "$repository/constraints.txt")
+  if built; then
+    requirements > "$venv/requirements.txt"
+    "${pip[@]}" "${constrained[@]}" -r "$venv/requirements.txt" >&2
   else
-    "${pip[@]}" torch==2.13.0 >&2
+    # torch comes first and pinned, so that nothing behind it pulls another build.
+    index=()
+    [ -z "${MEGATRON_MED_TORCH_INDEX:-}" ] || index=(--index-url "$MEGATRON_MED_TORCH_INDEX")
+    "${pip[@]}" "${index[@]}" torch==2.13.0 >&2
+    "${pip[@]}" "${constrained[@]}" setuptools wheel pybind11 >&2
+    "${pip[@]}" "${constrained[@]}" --no-build-isolation -e "$repository[$extra]" >&2
   fi
-  "${pip[@]}" -c "$repository/constraints.txt" setuptools wheel pybind11 >&2
-  "${pip[@]}" -c "$repository/constraints.txt" --no-build-isolation -e "$repository[$extra]" >&2
   printf '%s' "$repository $state" > "$venv/.megatron_med-$extra"
 fi
 echo "$venv"

@@ -5,5 +5,17 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megatron_med, library) {
   library.def(
       "decode_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor lengths) "
       "-> Tensor");
+  library.def("rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)");
+  library.def("rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scales) -> (Tensor, Tensor)");
+  library.def(
+      "split_qkv_forward(Tensor mixed, Tensor? cos, Tensor? sin, int queries) -> (Tensor, Tensor, Tensor)");
+  library.def("split_qkv_backward(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin) -> Tensor");
+  library.def("swiglu_forward(Tensor gate_up) -> Tensor");
+  library.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
+  library.def(
+      "cross_entropy_statistics(Tensor logits, Tensor targets, int true_columns) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "cross_entropy_gradient(Tensor logits, Tensor targets, Tensor shares, Tensor grads, int true_columns) "
+      "-> Tensor");
   library.def("cpu_capability() -> str");
 }

@@ -71,6 +71,8 @@ def run(arguments: list[str]) -> int:
     Returns:
         Exit code.
     """
+    if len(arguments) > 1 and arguments[0] == "help":
+        arguments = [*arguments[1:], "--help"]
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return EXIT_DONE if arguments else EXIT_BAD_INPUT
@@ -82,6 +84,10 @@ def run(arguments: list[str]) -> int:
         print(f"error: {_unknown(arguments)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     command, rest = COMMANDS[name], arguments[len(name.split()) :]
+    if command.on_ranks and is_rank() and "--" in rest:
+        told = "RANK is set: this process is a rank of a launcher, and starts no others. Unset RANK, or leave out what "
+        print(f"error: {told}stands before --, and -- itself.", file=sys.stderr)
+        return EXIT_BAD_INPUT
     if command.on_ranks and not is_rank():
         ranks = next((word for word in rest if word.startswith(_OF_TORCHRUN)), None)
         if ranks and "--" not in rest:
@@ -120,6 +126,9 @@ def _unknown(arguments: list[str]) -> str:
     families = sorted({name.split()[0] for name in COMMANDS if " " in name})
     if arguments[0] in families:
         names = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
+        near = difflib.get_close_matches(" ".join(arguments[:2]), names, n=1)
+        if near and len(arguments) > 1:
+            return f"megatron-med has no command {' '.join(arguments[:2])!r}. Did you mean {near[0]}?"
         return f"megatron-med {arguments[0]} is one of: {', '.join(f'megatron-med {name}' for name in names)}."
     near = difflib.get_close_matches(arguments[0], COMMANDS, n=1)
     meant = f" Did you mean {near[0]}?" if near else ""

@@ -6,9 +6,6 @@ import argparse
 import fnmatch
 from pathlib import Path
 
-from megatron_med.corpus.build import Build
-from megatron_med.corpus.manifest import verify_manifest
-from megatron_med.corpus.recipe import load_recipe
 from megatron_med.errors import ConfigError
 
 
@@ -21,6 +18,12 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="print the stages and their tasks, do nothing")
     parser.add_argument("--verify", action="store_true", help="compare the finished corpus with its manifest")
     arguments = parser.parse_args()
+    try:
+        from megatron_med.corpus.build import Build
+        from megatron_med.corpus.manifest import verify_manifest
+        from megatron_med.corpus.recipe import load_recipe
+    except ImportError as error:
+        raise ConfigError(f"{error.name} is missing: pip install 'megatron_med[corpus]'.") from error
     recipe = load_recipe(arguments.recipe)
     recipe.output = arguments.output or recipe.output
     if arguments.workers is not None:

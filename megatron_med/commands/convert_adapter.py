@@ -17,7 +17,11 @@ def main() -> None:
     merging = directions.add_parser("merge", help="adapters and base -> checkpoint of a whole model")
     exporting.add_argument("--base-model", help="Hugging Face's name or folder of the base, for adapter_config.json")
     exporting.add_argument(
-        "--results", type=Path, nargs="+", default=[], help="folders of evaluate.py whose scores the model card tells"
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="folders of megatron-med evaluate whose scores the model card tells",
     )
     merging.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the merged weights (default fp32)"

@@ -16,7 +16,11 @@ def main() -> None:
     exporting = directions.add_parser("export", help="checkpoint -> Hugging Face folder")
     exporting.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the weights (default: as trained)")
     exporting.add_argument(
-        "--results", type=Path, nargs="+", default=[], help="folders of evaluate.py whose scores the model card tells"
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="folders of megatron-med evaluate whose scores the model card tells",
     )
     for direction, source in ((importing, "HF_DIR"), (exporting, "RUN or step")):
         direction.add_argument("--from", dest="source", type=Path, required=True, metavar=source)

@@ -7,9 +7,9 @@ import json
 import sys
 import time
 
-from megatron_med.config import Config, load_config
-from megatron_med.errors import EXIT_FAILED, ConfigError
-from megatron_med.plan.cluster import KINDS, Cluster, parse_cluster
+from megatron_med.config import load_config
+from megatron_med.errors import EXIT_FAILED
+from megatron_med.plan.cluster import KINDS, Cluster, check_precision, parse_cluster
 from megatron_med.plan.cost_model import KernelAssumptions
 
 
@@ -53,18 +53,13 @@ def main() -> None:
 
 def _plan(arguments: argparse.Namespace, options: list[str], cluster: Cluster, kernels: KernelAssumptions) -> bool:
     config = load_config([arguments.config, *options], cluster.world_size)
-    _check_precision(config)
+    check_precision(config)
     from megatron_med.plan.predict import plan  # after the configuration was accepted: refusing takes no torch
     from megatron_med.plan.report import as_json, as_text
 
     result = plan(config, cluster, kernels)
     print(json.dumps(as_json(result), indent=1) if arguments.json else as_text(result))
     return result.fits
-
-
-def _check_precision(config: Config) -> None:
-    if config.precision == "fp32":
-        raise ConfigError("precision is fp32: the figures of clusters are for half precision. Pass --precision bf16.")
 
 
 _ANY_CUT = {
@@ -82,7 +77,7 @@ _ANY_CUT = {
 def _search(arguments: argparse.Namespace, options: list[str], cluster: Cluster, kernels: KernelAssumptions) -> None:
     neutral = [word for name, value in _ANY_CUT.items() for word in (f"--{name}", value)]
     config = load_config([arguments.config, *options, *neutral], 1)
-    _check_precision(config)
+    check_precision(config)
     from megatron_med.plan.report import as_json, search_as_text
     from megatron_med.plan.search import search
 

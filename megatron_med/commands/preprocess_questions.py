@@ -37,7 +37,9 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", required=True, choices=task_names(), help="what the file is; see evaluate.py --list")
+    parser.add_argument(
+        "--task", required=True, choices=task_names(), help="what the file is; see megatron-med evaluate --list"
+    )
     parser.add_argument("--input", type=Path, required=True, help="the file")
     parser.add_argument("--split", choices=(TRAIN, TEST), default=TRAIN, help="where a file holds both (default train)")
     parser.add_argument("--head", required=True, choices=(CLASSIFICATION, MULTIPLE_CHOICE))

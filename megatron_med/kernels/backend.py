@@ -3,8 +3,9 @@
 An operation is a function of this package; what stands in its module in plain torch is its ``reference``
 implementation. Others are listed here with the module that holds them, under the same name and with the same arguments,
 best first. What is chosen depends on what is installed and what is asked for (``kernels`` of the configuration), so
-that it is the same for the whole run. bitsandbytes, unless asked for, serves on a GPU only: on a CPU plain torch is as
-fast. ``native``, the kernels of ``csrc``, serves on a CPU, where they were compiled.
+that it is the same for the whole run; a module may have ``takes(tensor)``, which says of a call's first tensor whether
+it can be served, by its type for example. bitsandbytes, unless asked for, serves on a GPU only: on a CPU plain torch is
+as fast. ``native``, the kernels of ``csrc``, serves on a CPU, where they were compiled.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, wraps
 from typing import Any, TypeVar
 
@@ -22,19 +24,20 @@ REFERENCE, BITSANDBYTES, NATIVE = "reference", "bitsandbytes", "native"
 
 _IN_BITSANDBYTES = ((BITSANDBYTES, "megatron_med.kernels.bitsandbytes"),)
 _IN_NATIVE = ((NATIVE, "megatron_med.kernels.native"),)
+_IN_FUSED = ((NATIVE, "megatron_med.kernels.fused"),)
 _NEEDS = {BITSANDBYTES: "bitsandbytes", NATIVE: "_megatron_med_kernels"}
 _DEVICES = {BITSANDBYTES: "cuda", NATIVE: "cpu"}
 _TOLD = {BITSANDBYTES: " on a GPU, else reference", NATIVE: " on a CPU, else reference"}
 
 OPERATIONS: dict[str, tuple[tuple[str, str], ...]] = {
-    "rms_norm": (),
+    "rms_norm": _IN_FUSED,
     "layer_norm": (),
-    "swiglu": (),
+    "swiglu": _IN_FUSED,
     "gelu_tanh": (),
-    "apply_rotary_emb": (),
+    "split_qkv": _IN_FUSED,
     "attention": (),
-    "cross_entropy_forward": (),
-    "cross_entropy_backward": (),
+    "cross_entropy_forward": _IN_FUSED,
+    "cross_entropy_backward": _IN_FUSED,
     "int8_matmul": _IN_BITSANDBYTES,
     "nf4_dequantize": _IN_BITSANDBYTES,
     "quantize_blocks": _IN_BITSANDBYTES,
@@ -47,6 +50,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 _asked = "auto"
+_in_place_of: str | None = None
 
 
 def ask_for(name: str) -> None:
@@ -62,6 +66,23 @@ def ask_for(name: str) -> None:
             "auto plain torch serves in its place."
         )
     _asked = name
+
+
+@contextmanager
+def serving_on(device: str) -> Iterator[None]:
+    """Within, what would serve on that device (``cpu``, ``cuda``) takes tensors of every device: a run on a cluster is
+    planned on a machine that has none of its GPUs."""
+    global _in_place_of
+    before, _in_place_of = _in_place_of, device
+    try:
+        yield
+    finally:
+        _in_place_of = before
+
+
+def planned_device() -> str | None:
+    """The device of ``serving_on``; None outside of it."""
+    return _in_place_of
 
 
 def choices() -> dict[str, str]:
@@ -86,8 +107,11 @@ def operation(reference: F) -> F:
     @wraps(reference)
     def chosen(*arguments: Any) -> Any:
         for name, module in _available(reference.__name__):
-            if name == _asked or name not in _DEVICES or arguments[0].device.type == _DEVICES[name]:
-                return getattr(importlib.import_module(module), reference.__name__)(*arguments)
+            if name != _asked and name in _DEVICES and _DEVICES[name] != (_in_place_of or arguments[0].device.type):
+                continue
+            implementation = importlib.import_module(module)
+            if not hasattr(implementation, "takes") or implementation.takes(arguments[0]):
+                return getattr(implementation, reference.__name__)(*arguments)
         return reference(*arguments)
 
     return chosen  # type: ignore[return-value]

@@ -66,6 +66,23 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 
 @operation
+def split_qkv(mixed: Tensor, queries: int, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes the joint product of an attention layer apart, and turns queries and keys to their positions.
+
+    Args:
+        mixed: ``[seq, batch, groups, queries + 2, head_dim]``: the queries of a group, its key, its value.
+        queries: of a group.
+        rotary: cos and sin, see ``apply_rotary_emb``; None: positions are told otherwise.
+
+    Returns:
+        Query ``[seq, batch, groups * queries, head_dim]``, key and value ``[seq, batch, groups, head_dim]``.
+    """
+    query, key, value = mixed[..., :queries, :].flatten(2, 3), mixed[..., queries, :], mixed[..., queries + 1, :]
+    if rotary is not None:
+        query, key = apply_rotary_emb(query, *rotary), apply_rotary_emb(key, *rotary)
+    return query, key, value
+
+
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions (Su et al. 2021) on halves: number i turns with number i + head_dim / 2.
 

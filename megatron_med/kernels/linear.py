@@ -49,12 +49,17 @@ def own(view: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.ops.aten._unsafe_view(view, shape)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``X W^T + b``: ``x [..., in]``, ``weight [out, in]``, ``bias [out]``. No view, as torch gives with a bias."""
+    out = F.linear(x, weight, bias)
+    return own(out, out.shape) if out._is_view() else out
+
+
 class DenseLinear(LocalLinear):
     """Weights in the precision that the model computes with: fp32, bf16 or fp16. Saves nothing."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        out = F.linear(x, _matrix(weight), None if bias is None else bias.flatten())
-        return (own(out, out.shape) if out._is_view() else out), ()  # with a bias torch gives a view
+        return linear(x, _matrix(weight), None if bias is None else bias.flatten()), ()
 
     def input_grad(self, weight: Tensor, saved: tuple[Tensor, ...], grad: Tensor) -> Tensor:
         return grad @ _matrix(weight)

@@ -58,6 +58,11 @@ def opaque_operation(
     return register
 
 
+def declare_cost(name: str, cost: Callable[..., Cost]) -> None:
+    """What an operation ``megatron_med::NAME`` costs that was registered elsewhere. ``cost``: of the same arguments."""
+    _COSTS[name] = cost
+
+
 def cost_of(function: Any, args: tuple[Any, ...]) -> Cost:
     """What a call of an opaque operation declares. ``function``: as a dispatch mode gets it."""
     return _COSTS[function._opname](*args)

@@ -52,6 +52,10 @@ def launch(launcher: Sequence[str], command: Sequence[str]) -> int:
     parser = get_args_parser()
     parser.usage = "megatron-med COMMAND [torchrun's options] -- ...    (torchrun --help lists them)"
     arguments = parser.parse_args([*waiting, *launcher, "-m", *command])
+    if arguments.training_script != command[0]:
+        told = f"{arguments.training_script} stands before --, where only torchrun's options go. Put it behind --."
+        print(f"error: {told}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     if str(arguments.nproc_per_node).lstrip("-").isdecimal() and int(arguments.nproc_per_node) < 1:
         print(f"error: --nproc-per-node is {arguments.nproc_per_node}: at least 1 is needed.", file=sys.stderr)
         return EXIT_BAD_INPUT

@@ -90,10 +90,7 @@ class Attention(nn.Module):
         mixed = self.qkv(x, batch.dropout_key)  # [seq, batch, groups/tp * (queries + 2) * head_dim]
         seq, samples = mixed.shape[:2]
         mixed = mixed.view(seq, samples, -1, self.queries + 2, self.head_dim)
-        query = mixed[..., : self.queries, :].reshape(seq, samples, -1, self.head_dim)
-        key, value = mixed[..., self.queries, :], mixed[..., self.queries + 1, :]
-        if rotary is not None:
-            query, key = kernels.apply_rotary_emb(query, *rotary), kernels.apply_rotary_emb(key, *rotary)
+        query, key, value = kernels.split_qkv(mixed, self.queries, rotary)
         if cache is not None:
             return self.output(cache.attend(self.layer, query, key, value))
         return self.output(self._core(query, key, value, batch), batch.dropout_key)

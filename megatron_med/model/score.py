@@ -8,11 +8,11 @@ the last token of an option ``1 + 2 * question + (1 if it is the right one)``, q
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_med.config import ModelConfig
 from megatron_med.config.schema import MULTIPLE_CHOICE
+from megatron_med.kernels.linear import linear
 from megatron_med.model.batch import MicroBatch
 from megatron_med.parallel.collectives import gather_sequence
 from megatron_med.parallel.context import ParallelContext
@@ -41,7 +41,7 @@ class ScoreHead(nn.Module):
             self.bias = make_parameter(replicated_layout((config.num_labels,), "zeros", context), context, dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        scores = F.linear(hidden, self.weight, self.bias)
+        scores = linear(hidden, self.weight, self.bias)
         return gather_sequence(scores, self._context.tp) if self._context.sequence_parallel else scores
 
     def loss(self, scores: Tensor, batch: MicroBatch) -> Tensor:

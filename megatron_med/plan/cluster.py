@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_med.config import Config
 from megatron_med.errors import ConfigError
 from megatron_med.model.flops import PEAK_FLOPS
 
@@ -185,3 +186,9 @@ def parse_cluster(text: str, nics: int | None = None) -> Cluster:
     if nics is not None:
         kind = dataclasses.replace(kind, nics=nics)
     return Cluster(kind, int(match[2]), int(match[3]))
+
+
+def check_precision(config: Config) -> None:
+    """Raises ConfigError for fp32."""
+    if config.precision == "fp32":
+        raise ConfigError("precision is fp32: the figures of clusters are for half precision. Take bf16.")

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from megatron_med.config import Config, ModelConfig
 from megatron_med.config.layers import Chunk
 from megatron_med.config.schema import LoRAConfig, OverlapConfig, QuantizeConfig
+from megatron_med.kernels.backend import planned_device, serving_on
 from megatron_med.launch.fake import start_fake_process_group
 from megatron_med.model.batch import MicroBatch, plain_batch
 from megatron_med.model.build import DTYPES, FAMILIES
@@ -140,12 +141,14 @@ class ChunkTrace:
     Args:
         ends: one of the chunk's layers with its embedding and head.
         has_head: whether there is one.
+        head_kept: bytes that it keeps between its passes.
         base: kind of the layer in ``ends``.
         layers: the kind of each layer, first to last.
     """
 
     ends: LayerTrace
     has_head: bool
+    head_kept: int
     base: LayerKind
     layers: tuple[LayerKind, ...]
 
@@ -170,8 +173,9 @@ class ChunkTrace:
 
     @cached_property
     def forward_excess(self) -> float:
-        """Bytes above what is kept, at the peak of a forward pass."""
-        return max(self.ends.forward_excess, *(kind.two.forward_excess for kind in set(self.layers)))
+        """Bytes above what is kept, at the peak of a forward pass. While a layer runs, the head keeps nothing yet."""
+        in_layers = max(kind.two.forward_excess for kind in set(self.layers))
+        return max(self.ends.forward_excess, in_layers - self.head_kept)
 
     @cached_property
     def backward_excess(self) -> float:
@@ -180,9 +184,9 @@ class ChunkTrace:
 
     @cached_property
     def layers_backward_excess(self) -> float:
-        """The same without the head."""
+        """The same without the head, whose own is freed by then."""
         excess = 0.0
-        freed = 0.0
+        freed = float(self.head_kept)
         for kind in reversed(self.layers):
             excess = max(excess, kind.two.backward_excess - freed)
             freed += kind.each(lambda trace: trace.kept)
@@ -222,7 +226,8 @@ def _trace_chunk(
     base = kinds[0] if kinds[0].needs_input_grad else kinds[-1]
     ends = replace(base, has_embedding=has_embedding, has_head=has_head, frozen=base.frozen + frozen_ends)
     pairs = {kind: LayerKind(trace_layers(kind), trace_layers(replace(kind, layers=2))) for kind in set(kinds)}
-    return ChunkTrace(trace_layers(ends), has_head, pairs[base], tuple(pairs[kind] for kind in kinds))
+    head_kept = trace_layers(replace(ends, has_embedding=False)).kept - pairs[base].one.kept if has_head else 0
+    return ChunkTrace(trace_layers(ends), has_head, head_kept, pairs[base], tuple(pairs[kind] for kind in kinds))
 
 
 def _of_kind(shape: LayerShape, is_recomputed: bool) -> LayerShape:
@@ -233,19 +238,25 @@ def _of_kind(shape: LayerShape, is_recomputed: bool) -> LayerShape:
 
 
 @contextmanager
-def fake_world() -> Iterator[None]:
-    """Within, layers can be traced: a world of torch's fake backend, whose collectives move nothing."""
+def fake_world(device: str = "cuda") -> Iterator[None]:
+    """Within, layers can be traced: a world of torch's fake backend, whose collectives move nothing, with the kernels
+    that serve on ``device``."""
     start_fake_process_group(0, _LARGEST_GROUP)
     try:
-        yield
+        with serving_on(device):
+            yield
     finally:
         dist.destroy_process_group()
         _tensor_group.cache_clear()
 
 
-@cache
 def trace_layers(shape: LayerShape) -> LayerTrace:
     """Runs some layers once, on tensors without data."""
+    return _trace_layers(shape, planned_device())
+
+
+@cache
+def _trace_layers(shape: LayerShape, device: str | None) -> LayerTrace:
     context = _context(shape)
     groups = {} if context.tp.group is None else {str(context.tp.group.group_name): "tp"}
     dtype = DTYPES[shape.precision]

@@ -103,10 +103,10 @@ class Plan:
         return self.hardware_share * self.cluster.accelerator.peak_flops
 
 
-def plan(config: Config, cluster: Cluster, kernels: KernelAssumptions | None = None) -> Plan:
-    """Plans a valid configuration on a cluster."""
+def plan(config: Config, cluster: Cluster, kernels: KernelAssumptions | None = None, *, device: str = "cuda") -> Plan:
+    """Plans a valid configuration on a cluster, with the kernels that serve on ``device`` (``cpu``, ``cuda``)."""
     check_groups(config.model, config.optimizer.groups, config.lora)
-    with fake_world():
+    with fake_world(device):
         stages = model_stages(config, build_states(config, cluster))
     cost = CostModel(cluster, kernels or KernelAssumptions(), DTYPES[config.precision].itemsize)
     return predict(stages, peak_memories(stages), cost)

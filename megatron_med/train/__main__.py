@@ -111,12 +111,15 @@ def _end(
     if isinstance(error, KeyboardInterrupt):
         reason = "ended without a save by a second Ctrl-C"
         print(f"error: {reason}", file=sys.stderr)
+    elif report is not None and is_connection_failure(error):
+        code, why = _why(report, config, stop, reason)
+        if why == reason:  # nobody knows the cause
+            traceback.print_exception(error)
+        reason = why
     else:
         traceback.print_exception(error)
-    if report is not None and is_connection_failure(error):
-        code, reason = _why(report, config, stop, reason)
-    elif report is not None:
-        report.record(code, f"rank {rank}: {reason}")
+        if report is not None:
+            report.record(code, f"rank {rank}: {reason}")
     if rank == 0 and folder.claimed:
         folder.write_exit(code, reason)
     elif code == EXIT_BAD_INPUT:

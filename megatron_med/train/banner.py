@@ -78,11 +78,14 @@ def _data(config: Config, corpora: Corpora, source: Source | None) -> str:
     batch, one_pass = config.train.global_batch_size, corpora.one_pass()
     done = read_state(source.step).step if source is not None and source.step is not None and source.everything else 0
     steps = max(0, config.train.steps - done)
+    read = f"read {steps * batch:,}: {steps * batch / max(1, one_pass):.3g} epochs"
+    left = f"steps {done + 1:,} to {config.train.steps:,} {read}"
+    if not steps:
+        left = f"nothing is left to do: step {done:,} of {config.train.steps:,}"
     first = "" if len(config.data.train) < 2 else " before the first corpus repeats"
     return (
         f"{corpora.held()}, {counted(one_pass, 'sample')} of {config.data.sequence_length:,} tokens{first}; "
-        f"steps {done + 1:,} to {config.train.steps:,} read {steps * batch:,}: {steps * batch / max(1, one_pass):.3g} "
-        f"epochs ({_named([entry.path for entry in config.data.train])})"
+        f"{left} ({_named([entry.path for entry in config.data.train])})"
     )
 
 

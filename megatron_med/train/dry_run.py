@@ -38,7 +38,7 @@ from megatron_med.data.sample import Sample, without_borders
 from megatron_med.data.sources import find_tokenizer
 from megatron_med.data.streams import open_split
 from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, ConfigError, UserError
-from megatron_med.kernels.backend import ask_for
+from megatron_med.kernels.backend import ask_for, serving_on
 from megatron_med.launch.fake import start_fake_process_group
 from megatron_med.optim.groups import check_groups
 from megatron_med.parallel.context import ParallelContext, create_context
@@ -81,8 +81,9 @@ def main(arguments: list[str]) -> int:
                 f"--rank is {own.rank}: it must lie between 0 and --world-size - 1 = {own.world_size - 1}."
             )
         config = load_config(rest, own.world_size)
-        for line in dry_run(config, own.world_size, own.rank, own.micro_batches):
-            print(line, flush=True)
+        with serving_on("cuda"):
+            for line in dry_run(config, own.world_size, own.rank, own.micro_batches):
+                print(line, flush=True)
     except UserError as error:
         for fault in error.faults:
             print(f"error: {fault}", file=sys.stderr)

@@ -93,7 +93,7 @@ def _config(folder: Path, data: Path, base: Path, **lora: Any) -> Path:
             "max_position_embeddings": 640,
             "norm_eps": 1e-6,
         },
-        data={"sequence_length": 640, "truncate": "right"},
+        data={"sequence_length": 320, "truncate": "right"},
         train={"steps": 6, "micro_batch_size": 2},
         optimizer={"lr": 5e-3, "weight_decay": 0.0},
         lr_schedule={"name": "constant"},

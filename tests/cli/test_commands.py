@@ -226,6 +226,74 @@ def test_the_example_of_the_api_runs(sample_data: Path, tmp_path: Path) -> None:
     assert "seconds a step" in done.stdout
 
 
+_MISUSED = """
+import sys
+from megatron_med.api import generate, load_config, plan, train
+from megatron_med.errors import ConfigError
+
+path, run = sys.argv[1:]
+hook = sys.excepthook
+for call in (
+    lambda: generate(run, "Patients"),
+    lambda: generate(run, ["Patients"], stop="."),
+    lambda: generate(run, ["Patients"], max_new_tokens=0),
+    lambda: generate(run, ["Patients"], precision="fp8"),
+    lambda: generate(run, ["Patients"], temp=0.7),
+    lambda: plan(load_config(path), "a100-80g:1x1"),
+    lambda: plan(load_config(path, {"precision": "bf16", "parallel.tensor": 2}, world_size=2), "a100-80g:1x1"),
+    lambda: train(load_config(path, {"parallel.tensor": 2}, world_size=2)),
+    lambda: load_config(path, {"train.steps": "three"}),
+):
+    try:
+        call()
+    except ConfigError as error:
+        print(error)
+    else:
+        print("taken")
+print(load_config(path, {"train.output_dir": "20261130"}).train.output_dir, sys.excepthook is hook)
+"""
+
+
+def test_the_api_refuses_what_cannot_be_meant(sample_data: Path, tmp_path: Path) -> None:
+    done = python("-c", _MISUSED, _config(tmp_path, sample_data), tmp_path / "none")
+    assert done.returncode == 0, done.stderr
+    for line, words in zip(
+        done.stdout.splitlines(),
+        (
+            "prompts is no list of texts: give ['Patients'] for a single one.",
+            "stop is no list of texts: give ['.'] for a single one.",
+            "max_new_tokens is 0: it must be at least 1.",
+            "precision is fp8: it can be fp32 or bf16.",
+            "generate takes no temp; of how tokens are chosen there are temperature",
+            "precision is fp32: the figures of clusters are for half precision.",
+            "The world size is 1: parallel.tensor x parallel.pipeline = 2 x 1",
+            "The world size is 1: parallel.tensor x parallel.pipeline = 2 x 1",
+            "train.steps is 'three'",
+            "20261130 True",
+        ),
+        strict=True,
+    ):
+        assert line.startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "message"),
+    [
+        (["train", "nope.yaml", "--", "--train.steps", "3"], {}, "nope.yaml stands before --, where only torchrun's"),
+        (["train", "--nproc-per-node", "2", "--", "nope.yaml"], {"RANK": "0", "WORLD_SIZE": "1"}, "RANK is set: this"),
+        (["corpus", "biuld", "x.yaml"], {}, "has no command 'corpus biuld'. Did you mean corpus build?"),
+    ],
+)
+def test_words_in_the_wrong_place_are_told_in_a_line(arguments: list[str], env: dict[str, str], message: str) -> None:
+    done = python(*COMMAND, *arguments, env=env)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    helped = python(*COMMAND, "help", "inspect")
+    assert helped.returncode == 0
+    assert "--document" in helped.stdout
+
+
 def test_parquet_gives_the_token_files_of_json_lines(sample_tokenizer: Path, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

@@ -62,12 +62,12 @@ def _planted(shared: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def recipe(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every kind of source, on the real records of the shared data folder; of MEDLINE's abstracts a third."""
+    """Every kind of source, on the real records of the shared data folder; of MEDLINE's abstracts a sixth."""
     folder = tmp_path_factory.mktemp("raw")
     abstracts = [record for _, record in read_records(shared / "pubmed" / "abstracts_medline.jsonl")]
     (folder / "medline").mkdir()
     medline = folder / "medline" / "abstracts.jsonl"
-    write_lines(medline, abstracts[:3] + abstracts[3::3])  # the first ones are those of the planted records
+    write_lines(medline, abstracts[:3] + abstracts[3::6])  # the first ones are those of the planted records
     write_lines(folder / "planted.jsonl", _planted(shared))
     records = [record for _, record in read_records(shared / "pubmed" / "abstracts_ccby.jsonl")]
     (folder / "baseline.xml.gz").write_bytes(gzip.compress(pubmed_xml(records[:XML_RECORDS]).encode()))

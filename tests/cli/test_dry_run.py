@@ -39,12 +39,13 @@ def _cluster_of(recipe: Path) -> tuple[str, int | None]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_passes_on_the_first_a_middle_and_the_last_rank(recipe: Path) -> None:
-    """Without a pipeline a middle rank runs what the first does, and is left out; and a micro-batch what the next."""
+    """Without a pipeline all ranks run the same: the last one, whose slices may be shorter, is started, and one
+    micro-batch."""
     world_size = parse_cluster(_cluster_of(recipe)[0]).world_size
     config = load_config([str(recipe)], world_size)
     ranks, batches = [0, world_size // 2 + 5, world_size - 1], "2"
     if config.parallel.pipeline == 1:
-        ranks, batches = [ranks[0], ranks[-1]], "1"
+        ranks, batches = ranks[-1:], "1"
     with ExitStack() as stack:
         commands = (
             [*TRAIN, str(recipe), *map(str, _world(world_size, rank)), "--micro-batches", batches] for rank in ranks
@@ -54,6 +55,7 @@ def test_every_recipe_passes_on_the_first_a_middle_and_the_last_rank(recipe: Pat
     sources = config.data.train
     for rank, one in zip(ranks, done, strict=True):
         assert one.returncode == 0, one.stderr[-3000:]
+        assert one.stderr == ""
         assert f"rank {rank} of {world_size}" in one.stdout
         assert "step 2: peak memory" in one.stdout
         assert all(f"absent: {source.path}.bin" in one.stdout for source in sources)

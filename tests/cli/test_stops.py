@@ -50,7 +50,8 @@ def test_every_signal_saves(config: Path, tmp_path: Path, number: signal.Signals
 def test_a_second_ctrl_c_ends_a_run_without_a_launcher(config: Path, tmp_path: Path) -> None:
     command = [*TRAIN, str(config), "--parallel.pipeline", "1", "--train.global_batch_size", "4096"]
     with started_forked(command) as process:
-        _await(lambda: (tmp_path / "run" / "config.yaml").exists())
+        _await(lambda: "kernels: " in process.output())
+        time.sleep(1)  # the first step has begun
         os.kill(process.pid, signal.SIGINT)
         _await(lambda: "Ctrl-C again ends it without a save" in process.output())
         os.kill(process.pid, signal.SIGINT)

@@ -24,6 +24,7 @@ WAYS = {
     "nf4": QuantizeConfig(base="nf4"),
 }
 ON_ONE_RANK = [("one rank", way, name) for way in WAYS for name in ("adamw", "adamw8bit")]
+"""Of Llama; of GPT-2 every other one."""
 CUT = [
     ("optimizer sharded", "int8", "adamw8bit"),
     ("optimizer sharded", "full", "adamw8bit"),
@@ -49,11 +50,13 @@ def _measured(config: Config) -> int:
 
 
 def _planned(config: Config, ranks: int) -> list[Memory]:
-    return [stage.memory for stage in plan(config, Cluster(KINDS["a100-80g"], 1, ranks)).stages]
+    return [stage.memory for stage in plan(config, Cluster(KINDS["a100-80g"], 1, ranks), device="cpu").stages]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize(("grid", "way", "optimizer"), ON_ONE_RANK + CUT)
+@pytest.mark.parametrize(
+    ("grid", "way", "optimizer", "family"),
+    [(*case, "llama") for case in ON_ONE_RANK + CUT] + [(*case, "gpt2") for case in ON_ONE_RANK[1::4] + CUT],
+)
 def test_a_footprint_is_the_planned_one(sample_data: object, grid: str, way: str, optimizer: str, family: str) -> None:
     ranks = MEMORY_GRIDS[grid][0]
     config = memory_config(sample_data, grid, family)  # type: ignore[arg-type]
@@ -66,9 +69,11 @@ def test_a_footprint_is_the_planned_one(sample_data: object, grid: str, way: str
     planned = _planned(config, ranks)
     for rank, peak in enumerate(run_ranks(ranks, _measured, config)):
         assert planned[rank * len(planned) // ranks].total == pytest.approx(peak, rel=0.05), f"rank {rank}"
+    if grid != "one rank" or family != "llama":
+        return
     if optimizer == "adamw8bit":
         config.optimizer.name = "adamw"
         assert planned[0].optimizer < _planned(config, ranks)[0].optimizer
-    if way in ("int8", "nf4") and grid != "fully sharded":  # which cuts 16-bit weights, and none in fewer bits
+    if way in ("int8", "nf4"):
         config.quantize = QuantizeConfig()
         assert planned[0].weights < _planned(config, ranks)[0].weights * (0.75 if way == "int8" else 0.6)

@@ -248,10 +248,10 @@ def test_rows_of_added_tokens_are_trained_like_rows_of_whole_matrices(
 def test_planned_and_measured_memory(sample_data: Path, name: str, family: str) -> None:
     ranks, _ = MEMORY_GRIDS[name]
     config = memory_config(sample_data, name, family)
-    everything = plan(config, Cluster(KINDS["a100-80g"], 1, ranks))
+    everything = plan(config, Cluster(KINDS["a100-80g"], 1, ranks), device="cpu")
     config.lora = LoRAConfig(rank=RANK, alpha=ALPHA, targets=ALL[family], dropout=0.1)
     config.checkpoint.load = "base"
-    planned = plan(config, Cluster(KINDS["a100-80g"], 1, ranks))
+    planned = plan(config, Cluster(KINDS["a100-80g"], 1, ranks), device="cpu")
     for rank, peak in enumerate(run_ranks(ranks, measured_peak, config)):
         memory = planned.stages[rank * len(planned.stages) // ranks].memory
         whole = everything.stages[rank * len(planned.stages) // ranks].memory

@@ -15,7 +15,7 @@ from megatron_med.plan.cluster import KINDS, Cluster
 from megatron_med.plan.predict import Plan, plan
 from megatron_med.tracing.trace import Trace
 from tests.ranks import run_ranks
-from tests.training import GPT2, LLAMA, make_config, recorded_steps
+from tests.training import GPT2, LLAMA, make_config, memory_batch, recorded_steps
 
 WIDE = {
     "num_layers": 8,
@@ -51,7 +51,7 @@ def _config(prefix: Path, name: str, precision: str) -> Config:
     _, model, options = RUNS[name]
     options = dict(options)
     whole = {key: options.pop(key) for key in ("recompute", "recompute_interval") if key in options}
-    config = make_config(prefix, model, precision=precision, batch=16, micro_batch=2, **options)
+    config = make_config(prefix, model, precision=precision, batch=memory_batch(options), micro_batch=2, **options)
     data = dataclasses.replace(config.data, sequence_length=128)
     return dataclasses.replace(config, data=data, **whole)
 
@@ -78,7 +78,7 @@ def _traffic(trace: Trace) -> dict[str, tuple[int, int]]:
 
 
 def _plan(config: Config, ranks: int) -> Plan:
-    return plan(config, Cluster(KINDS["a100-80g"], 1, ranks))
+    return plan(config, Cluster(KINDS["a100-80g"], 1, ranks), device="cpu")
 
 
 WITH_FP32 = ("one rank", "optimizer sharded", "fully sharded")

@@ -63,6 +63,30 @@ inline void store_one(BFloat16* to, float x) {
   to->bits = x == x ? static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) : 0x7fc0;
 }
 
+// x as it would be read back after it was stored as T.
+template <typename T>
+inline Floats rounded(Floats x) {
+  if constexpr (sizeof(T) == sizeof(float)) return x;
+  T kept[kLanes];
+  store(kept, x);
+  return load(kept);
+}
+
+template <typename T>
+inline float rounded_one(float x) {
+  T kept;
+  store_one(&kept, x);
+  return to_float(kept);
+}
+
+// Calls vector(i) for places [i, i + kLanes) and number(i) for those behind the last whole vector.
+template <typename Vector, typename Number>
+inline void over(int64_t width, const Vector& vector, const Number& number) {
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) vector(i);
+  for (; i < width; ++i) number(i);
+}
+
 template <int kCount>
 inline float sum_of(const float* x) {
   if constexpr (kCount == 1) {

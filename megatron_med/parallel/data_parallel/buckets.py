@@ -264,7 +264,7 @@ class Bucket:
         """Begins to gather the masters of all ranks into the parameters."""
         if self._axis.group is None:
             for item in self.owned:
-                if item.master.data_ptr() != item.parameter.data_ptr():
+                if item.master.dtype != item.parameter.dtype:  # else they are one
                     item.parameter.copy_(item.master)
             return
         dtype = self.parameters[0].dtype
