@@ -49,6 +49,8 @@ def load_config(arguments: list[str], world_size: int, program: str = "megatron_
     faults = preset_faults + reader.faults
     if not given.keys() & {"train.steps", "train.epochs"}:
         faults.append(f"train.steps is missing: {missing}.")
+    if preset_faults:  # the right one would give what seems to be missing
+        faults = [fault for fault in faults if not (fault.startswith("model.") and f"is missing: {missing}." in fault)]
     if flags:
         _inform(program, preset, given, flags, [fault for fault in faults if not fault.endswith(f": {missing}.")])
     if path is None:

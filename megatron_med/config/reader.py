@@ -36,6 +36,8 @@ def read_yaml(path: Path, what: str) -> Any:
     Raises:
         ConfigError: there is no such file, or it is not YAML.
     """
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: give the path of a YAML file.")
     if not path.is_file():
         raise ConfigError(f"There is no {what} {path}. Give the path of a YAML file.")
     try:

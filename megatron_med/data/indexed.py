@@ -60,7 +60,7 @@ class IndexedDataset:
         self.bin_path, self.idx_path = token_paths(self.prefix)
         for path in (self.idx_path, self.bin_path):
             if not path.is_file():
-                raise DataError(f"There is no {path}. data paths are prefixes: PREFIX.bin and PREFIX.idx must exist.")
+                raise DataError(f"There is no {path}. Data paths are prefixes: PREFIX.bin and PREFIX.idx must exist.")
         code, sequences, borders = self._read_header()
         self.dtype = np.dtype(DTYPES[code])
         start = len(MAGIC) + HEADER.size

@@ -167,7 +167,11 @@ def text_of(line: Line, key: str) -> str:
 
 def check_inputs(files: Sequence[Path]) -> None:
     """Raises DataError with every input file that is missing."""
-    faults = [f"There is no input file {file}. Check the path." for file in files if not file.is_file()]
+    faults = [
+        f"{file} is a folder: give its files." if file.is_dir() else f"There is no input file {file}. Check the path."
+        for file in files
+        if not file.is_file()
+    ]
     if faults:
         raise DataError(faults)
 

@@ -29,10 +29,10 @@ def join_grid(tensor: int, pipeline: int, *, replicas: bool, timeout: timedelta)
     _, world_size = read_ranks()
     needed = tensor * pipeline
     if world_size % needed or (world_size != needed and not replicas):
+        other = f", or cut the model over {world_size} ranks: --tensor {world_size}" if world_size > 1 else ""
         raise ConfigError(
             f"The world size is {world_size}: --tensor x --pipeline = {tensor} x {pipeline} ranks are needed"
-            f"{', or a multiple of that' if replicas else ''}. Start with --nproc-per-node {needed}, or cut the model "
-            f"over {world_size}: --tensor {world_size}."
+            f"{', or a multiple of that' if replicas else ''}. Start with --nproc-per-node {needed}{other}."
         )
     if world_size == 1:
         return single_process_context(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -236,6 +236,8 @@ def test_missing_inputs(tmp_path: Path, sample_tokenizer: Path) -> None:
     done = python("tools/preprocess_data.py", "--input", tmp_path / "a.jsonl", tmp_path / "b.jsonl", *arguments)
     assert done.returncode == 2
     assert done.stderr.count("There is no input file") == 2
+    done = python("tools/preprocess_data.py", "--input", tmp_path, *arguments)
+    assert done.stderr == f"error: {tmp_path} is a folder: give its files.\n"
     done = python("tools/generate.py", "--checkpoint", tmp_path, "--prompt", "x")
     assert done.returncode == 2
     assert "There is no checkpoint" in done.stderr
@@ -243,7 +245,7 @@ def test_missing_inputs(tmp_path: Path, sample_tokenizer: Path) -> None:
     assert done.returncode == 2
     done = python("tools/generate.py", "--checkpoint", tmp_path, "--prompt", "x", "--tensor", 2)
     assert done.returncode == 2
-    assert "torchrun --nproc-per-node 2" in done.stderr
+    assert "Start with --nproc-per-node 2." in done.stderr
 
 
 def test_side_file_that_no_longer_fits_is_told(tmp_path: Path, sample_tokenizer: Path) -> None:

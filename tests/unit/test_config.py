@@ -43,6 +43,14 @@ def _faults(arguments: list[str], world_size: int = 8) -> list[str]:
     return caught.value.faults
 
 
+def test_a_misspelt_preset_is_the_only_fault(tmp_path: Path) -> None:
+    """What it would have given is not missing, too. And a folder is no file."""
+    (fault,) = _faults([_write(tmp_path, {"model": {"preset": "lama-tiny"}})])
+    assert "Did you mean llama-tiny?" in fault
+    (fault,) = _faults([str(tmp_path)])
+    assert fault == f"{tmp_path} is a folder: give the path of a YAML file."
+
+
 def test_preset_yaml_and_command_line_in_that_order(tmp_path: Path) -> None:
     path = _write(tmp_path, {"model": {"num_layers": 6}})
     config = load_config([path, "--model.hidden_size", "256", "--optimizer.betas=[0.8, 0.9]"], 8)
