@@ -50,7 +50,7 @@ if ! ready "$extra" && ! ready test; then  # test holds every other extra that t
     # torch comes first and pinned, so that nothing behind it pulls another build.
     index=()
     [ -z "${MEGATRON_MED_TORCH_INDEX:-}" ] || index=(--index-url "$MEGATRON_MED_TORCH_INDEX")
-    "${pip[@]}" "${index[@]}" torch==2.13.0 >&2
+    "${pip[@]}" ${index[@]+"${index[@]}"} torch==2.13.0 >&2  # bash 3.2 takes an empty list for an unset one
     "${pip[@]}" "${constrained[@]}" setuptools wheel pybind11 >&2
     "${pip[@]}" "${constrained[@]}" --no-build-isolation -e "$repository[$extra]" >&2
   fi
