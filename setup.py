@@ -29,16 +29,17 @@ CAPABILITIES = {
 
 
 def index_extension() -> Extension:
-    from pybind11.setup_helpers import Pybind11Extension
+    from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 
-    return Pybind11Extension("_megatron_med_index", ["csrc/index/index.cpp"], cxx_std=17)
+    ParallelCompile("MAX_JOBS").install()  # the files of an extension at once, as many as there are cores
+    return Pybind11Extension("_megatron_med_index", ["csrc/index/index.cpp"], cxx_std=17, extra_compile_args=["-g0"])
 
 
 def kernels_extension() -> Extension:
     from torch.utils.cpp_extension import include_paths, library_paths
 
     once = sorted(set(KERNELS.glob("**/*.cpp")) - set(PER_CAPABILITY))
-    flags = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
+    flags = ["-std=c++20", "-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wno-psabi"]
     flags += [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
     flags += ["-DMEGATRON_MED_X86"] if platform.machine() in ("x86_64", "AMD64") else []
     return Extension(
@@ -54,7 +55,11 @@ def kernels_extension() -> Extension:
 
 
 class BuildOrSayWhy(build_ext):
-    """Building may fail: the package works without an extension and says so once when it is used."""
+    """Builds at once what it can. It may fail: the package works without an extension and says so when it is used."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or True
 
     def build_extension(self, ext: Extension) -> None:
         try:

@@ -79,15 +79,20 @@ def make_config(
     precision: str = "fp32",
     steps: int = STEPS,
     batch: int = 8,
-    micro_batch: int = 1,
+    micro_batch: int | None = None,
     **parallel: Any,
 ) -> Config:
-    """A run of a small model on a token file."""
+    """A run of a small model on a token file. Tensor-parallel ranks wait for many small messages: theirs are fewer,
+    larger micro-batches."""
     return Config(
         model=ModelConfig(**model),
         data=DataConfig(sequence_length=32, train=[DataSource(str(prefix))]),
         train=TrainConfig(
-            steps=steps, global_batch_size=batch, micro_batch_size=micro_batch, output_dir="unused", seed=11
+            steps=steps,
+            global_batch_size=batch,
+            micro_batch_size=micro_batch or parallel.get("tensor", 1),
+            output_dir="unused",
+            seed=11,
         ),
         parallel=ParallelConfig(**parallel),
         optimizer=OptimizerConfig(lr=4e-3),

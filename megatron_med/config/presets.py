@@ -50,6 +50,14 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ffn_hidden_size": 2048,
         "max_position_embeddings": 1024,
     },
+    "llama-58m": _LLAMA2
+    | {
+        "num_layers": 8,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "ffn_hidden_size": 1376,
+        "max_position_embeddings": 1024,
+    },
     "llama-10m": _LLAMA2
     | {
         "num_layers": 8,

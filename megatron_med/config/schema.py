@@ -391,7 +391,7 @@ class Config:
     """Reports."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Arithmetic of the model; gradients are summed, and master weights kept, in fp32."""
-    kernels: Literal["auto", "reference", "bitsandbytes"] = "auto"
+    kernels: Literal["auto", "reference", "native", "bitsandbytes"] = "auto"
     """What serves the operations that have several implementations. auto: the first that is installed. reference: plain
     torch."""
     recompute: Literal["none", "selective", "full"] = "none"

@@ -29,11 +29,16 @@ _NEEDS = {BITSANDBYTES: "bitsandbytes", NATIVE: "_megatron_med_kernels"}
 _DEVICES = {BITSANDBYTES: "cuda", NATIVE: "cpu"}
 _TOLD = {BITSANDBYTES: " on a GPU, else reference", NATIVE: " on a CPU, else reference"}
 
+_MISSING = {
+    BITSANDBYTES: "bitsandbytes is not installed: pip install 'megatron_med[bitsandbytes]'",
+    NATIVE: "the C++ kernels are not built: pip install --no-build-isolation -e . builds them and needs a C++ compiler",
+}
+
 OPERATIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "rms_norm": _IN_FUSED,
-    "layer_norm": (),
+    "layer_norm": _IN_FUSED,
     "swiglu": _IN_FUSED,
-    "gelu_tanh": (),
+    "gelu_tanh": _IN_FUSED,
     "split_qkv": _IN_FUSED,
     "attention": (),
     "cross_entropy_forward": _IN_FUSED,
@@ -53,18 +58,23 @@ _asked = "auto"
 _in_place_of: str | None = None
 
 
-def ask_for(name: str) -> None:
-    """Says what is to serve from now on: ``auto``, ``reference`` or ``bitsandbytes``.
+def ask_for(name: str, device: str | None = None) -> None:
+    """Says what is to serve from now on: ``auto``, ``reference``, ``native`` or ``bitsandbytes``.
+
+    Args:
+        name: of the configuration.
+        device: ``cpu`` or ``cuda``, where the run's device is known.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not installed, cannot be loaded, or does not serve on that device.
     """
     global _asked
-    if name == BITSANDBYTES and not _is_installed(BITSANDBYTES):
-        raise ConfigError(
-            "kernels is bitsandbytes, which is not installed: pip install 'megatron_med[bitsandbytes]'. With kernels: "
-            "auto plain torch serves in its place."
-        )
+    if name in _MISSING and not _is_installed(_NEEDS[name]):
+        raise ConfigError(f"kernels is {name}: {_MISSING[name]}. With kernels: auto plain torch serves in their place.")
+    if name == NATIVE and device not in (None, _DEVICES[NATIVE]):
+        raise ConfigError(f"kernels is native, which serves on a CPU, and this run is on {device}. Write kernels: auto")
+    if name != REFERENCE and device == _DEVICES[NATIVE] and _is_installed(_NEEDS[NATIVE]):
+        importlib.import_module("megatron_med.kernels.fused")  # now, and not in the first step
     _asked = name
 
 
@@ -107,7 +117,8 @@ def operation(reference: F) -> F:
     @wraps(reference)
     def chosen(*arguments: Any) -> Any:
         for name, module in _available(reference.__name__):
-            if name != _asked and name in _DEVICES and _DEVICES[name] != (_in_place_of or arguments[0].device.type):
+            asked_for = name == _asked == BITSANDBYTES  # then it serves on a CPU, too
+            if name in _DEVICES and not asked_for and _DEVICES[name] != (_in_place_of or arguments[0].device.type):
                 continue
             implementation = importlib.import_module(module)
             if not hasattr(implementation, "takes") or implementation.takes(arguments[0]):

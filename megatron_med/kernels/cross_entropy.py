@@ -56,40 +56,46 @@ def cross_entropy_forward(logits: Tensor, targets: Tensor, true_columns: int) ->
     return maximum, total, target_logit
 
 
-def _backward_fake(logits: Tensor, targets: Tensor, share: Tensor, grad: Tensor, true_columns: int) -> Tensor:
-    return torch.empty_like(logits)
+def _backward_fake(
+    logits: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, grad: Tensor, true_columns: int, out: Tensor
+) -> None:
+    return None
 
 
-def _backward_cost(logits: Tensor, targets: Tensor, share: Tensor, grad: Tensor, true_columns: int) -> Cost:
-    """Softmax reads the logits and writes fp32, which is scaled and rounded into the result."""
-    count = logits.numel()
-    return Cost(4.0 * count, count * (2 * logits.element_size() + 16), _softmax_workspace(logits, 12))
+def _backward_cost(
+    logits: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, grad: Tensor, true_columns: int, out: Tensor
+) -> Cost:
+    """The logits are read and their distance to the maximum written in fp32, which is then changed three times and
+    rounded into the result."""
+    count, rows = logits.numel(), targets.numel()
+    workspace = min(_rows_of_a_block(logits), rows) * (4 * logits.shape[-1] + 12)
+    return Cost(4.0 * count, count * (2 * logits.element_size() + 28), workspace)
 
 
 @operation
-@opaque_operation(_backward_fake, _backward_cost)
-def cross_entropy_backward(logits: Tensor, targets: Tensor, share: Tensor, grad: Tensor, true_columns: int) -> Tensor:
-    """(softmax - onehot) * grad on this rank's columns.
+@opaque_operation(_backward_fake, _backward_cost, mutates=("out",))
+def cross_entropy_backward(
+    logits: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, grad: Tensor, true_columns: int, out: Tensor
+) -> None:
+    """(softmax - onehot) * grad on this rank's columns, the softmax being exp(logits - maximum) / total.
 
     Args:
         logits, targets, true_columns: as in ``cross_entropy_forward``.
-        share: ``[...]`` fp32, of sum exp(logits) that lies in this rank's columns.
+        maximum, total: ``[...]`` fp32, over the columns of all ranks.
         grad: ``[...]`` fp32, of each token's loss.
-
-    Returns:
-        ``[..., columns]`` in the type of the logits; 0 in the padding.
+        out: gets the gradient, ``[..., columns]`` in the type of the logits, 0 in the padding. It may be the logits.
     """
-    out = torch.empty_like(logits)
-    if true_columns == 0:
-        return out.zero_()
-    for padded, result, target, own, scale in _blocks(logits, logits, out, targets, share, grad):
-        softmax = padded[:, :true_columns].softmax(dim=-1, dtype=torch.float32).mul_((own * scale).unsqueeze(-1))
-        hit = (scale * (target >= 0)).neg_().unsqueeze(-1)
-        softmax.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), hit)
+    tensors = (logits, out, targets, maximum, total, grad)
+    for padded, result, target, peak, summed, scale in _blocks(logits, *tensors):
+        softmax = padded[:, :true_columns] - peak.unsqueeze(-1)  # fp32
+        softmax.exp_().mul_((scale / summed).unsqueeze(-1))
+        if true_columns:
+            hit = (scale * (target >= 0)).neg_().unsqueeze(-1)
+            softmax.scatter_add_(-1, target.clamp(min=0).unsqueeze(-1), hit)
+            del hit
         result[:, :true_columns] = softmax
         result[:, true_columns:] = 0
-        del softmax, hit  # before the next rows need theirs
-    return out
+        del softmax  # before the next rows need theirs
 
 
 def _rows_of_a_block(logits: Tensor) -> int:

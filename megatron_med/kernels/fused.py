@@ -39,6 +39,44 @@ class _RMSNorm(Function):
         return of_x, of_weight.to(weight.dtype), None
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See ``functional.layer_norm``."""
+    return _LayerNorm.apply(x.contiguous(), weight, bias, eps)
+
+
+class _LayerNorm(Function):
+    """Keeps mean and 1 / std of each row, fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        out, means, scales = OPERATIONS.layer_norm_forward(x, weight, bias, eps)
+        ctx.save_for_backward(x, weight, means, scales)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x, weight, means, scales = ctx.saved_tensors
+        of_x, of_parameters = OPERATIONS.layer_norm_backward(gradients[0].contiguous(), x, weight, means, scales)
+        of_weight, of_bias = of_parameters.to(weight.dtype).chunk(2)
+        return of_x, of_weight, of_bias, None
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """See ``functional.gelu_tanh``."""
+    return _Gelu.apply(x.contiguous())
+
+
+class _Gelu(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return OPERATIONS.gelu_forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return OPERATIONS.gelu_backward(gradients[0].contiguous(), *ctx.saved_tensors)
+
+
 def split_qkv(mixed: Tensor, queries: int, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
     """See ``functional.split_qkv``."""
     cos, sin = (None, None) if rotary is None else (angles.contiguous() for angles in rotary)
@@ -82,9 +120,11 @@ def cross_entropy_forward(logits: Tensor, targets: Tensor, true_columns: int) ->
     return OPERATIONS.cross_entropy_statistics(logits, targets, true_columns)
 
 
-def cross_entropy_backward(logits: Tensor, targets: Tensor, share: Tensor, grad: Tensor, true_columns: int) -> Tensor:
+def cross_entropy_backward(
+    logits: Tensor, targets: Tensor, maximum: Tensor, total: Tensor, grad: Tensor, true_columns: int, out: Tensor
+) -> None:
     """See ``cross_entropy.cross_entropy_backward``."""
-    return OPERATIONS.cross_entropy_gradient(logits, targets, share, grad, true_columns)
+    OPERATIONS.cross_entropy_gradient(logits, targets, maximum, total, grad, true_columns, out)
 
 
 def _rows(x: Tensor) -> int:
@@ -103,6 +143,27 @@ def _(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake(f"{NAMESPACE}::rms_norm_backward")
 def _(grad: Tensor, x: Tensor, weight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[-1], dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::layer_norm_forward")
+def _(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    means, scales = (x.new_empty(_rows(x), dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(x), means, scales
+
+
+@torch.library.register_fake(f"{NAMESPACE}::layer_norm_backward")
+def _(grad: Tensor, x: Tensor, weight: Tensor, means: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(2 * x.shape[-1], dtype=torch.float32)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gelu_forward")
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake(f"{NAMESPACE}::gelu_backward")
+def _(grad: Tensor, x: Tensor) -> Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.register_fake(f"{NAMESPACE}::split_qkv_forward")
@@ -135,20 +196,33 @@ def _(logits: Tensor, targets: Tensor, true_columns: int) -> tuple[Tensor, Tenso
 
 
 @torch.library.register_fake(f"{NAMESPACE}::cross_entropy_gradient")
-def _(logits: Tensor, targets: Tensor, shares: Tensor, grads: Tensor, true_columns: int) -> Tensor:
-    return torch.empty_like(logits)
+def _(
+    logits: Tensor, targets: Tensor, maxima: Tensor, totals: Tensor, grads: Tensor, true_columns: int, out: Tensor
+) -> None:
+    return None
 
 
 ROWS_OF_A_BLOCK = 64
-"""Of rms_norm_backward, whose weight gradients are summed one after the other: see rms_norm.cpp."""
+"""Whose weight gradients are summed one after the other: see rows.h."""
+
+
+def _sums(x: Tensor, vectors: int) -> int:
+    """Bytes of the blocks' own sums."""
+    return 4 * vectors * x.shape[-1] * -(-_rows(x) // ROWS_OF_A_BLOCK)
+
 
 declare_cost("rms_norm_forward", lambda x, weight, eps: Cost(4.0 * x.numel(), 2 * _bytes(x) + 4 * _rows(x)))
 declare_cost(
     "rms_norm_backward",
-    lambda grad, x, weight, scales: Cost(
-        10.0 * x.numel(), 3 * _bytes(x) + 4 * _rows(x), 4 * x.shape[-1] * -(-_rows(x) // ROWS_OF_A_BLOCK)
-    ),
+    lambda grad, x, weight, scales: Cost(10.0 * x.numel(), 3 * _bytes(x) + 4 * _rows(x), _sums(x, 1)),
 )
+declare_cost("layer_norm_forward", lambda x, *_: Cost(7.0 * x.numel(), 2 * _bytes(x) + 8 * _rows(x)))
+declare_cost(
+    "layer_norm_backward",
+    lambda grad, x, *_: Cost(14.0 * x.numel(), 3 * _bytes(x) + 8 * _rows(x), _sums(x, 2)),
+)
+declare_cost("gelu_forward", lambda x: Cost(8.0 * x.numel(), 2 * _bytes(x)))
+declare_cost("gelu_backward", lambda grad, x: Cost(14.0 * x.numel(), 3 * _bytes(x)))
 declare_cost(
     "split_qkv_forward",
     lambda mixed, cos, sin, queries: Cost(
@@ -170,5 +244,5 @@ declare_cost(
 )
 declare_cost(
     "cross_entropy_gradient",
-    lambda logits, targets, *_: Cost(8.0 * logits.numel(), 2 * _bytes(logits) + _bytes(targets)),
+    lambda logits, targets, *_: Cost(5.0 * logits.numel(), 2 * _bytes(logits) + 20 * targets.numel()),
 )

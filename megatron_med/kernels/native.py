@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,10 +14,39 @@ from torch.utils._python_dispatch import _disable_current_modes
 from megatron_med.errors import ConfigError
 from megatron_med.kernels.opaque import NAMESPACE
 
-_SPEC = importlib.util.find_spec("_megatron_med_kernels")
-assert _SPEC is not None, "backend.py asks whether it is there"
-torch.ops.load_library(str(_SPEC.origin))
-OPERATIONS = torch.ops.megatron_med
+VERSION = 2
+"""Of the operations' names and arguments, the same as in ``csrc/kernels/registration.cpp``."""
+_AGAIN = (
+    "pip install --no-build-isolation -e . builds them again; with kernels: reference plain torch serves in their place"
+)
+
+
+def _load() -> Any:
+    """The operations.
+
+    Raises:
+        ConfigError: they were built for another torch, or from other sources.
+    """
+    spec = importlib.util.find_spec("_megatron_med_kernels")
+    assert spec is not None, "backend.py asks whether it is there"
+    try:
+        torch.ops.load_library(str(spec.origin))
+    except OSError as error:
+        reason = str(error.__cause__ or error).splitlines()[0].removeprefix(f"{spec.origin}: ")
+        raise ConfigError(
+            f"The C++ kernels ({spec.origin}) cannot be loaded by torch {torch.__version__}: {reason}. {_AGAIN}."
+        ) from None
+    operations = torch.ops.megatron_med
+    with _disable_current_modes():  # it may be a trace that needs the first kernel
+        found = operations.version() if hasattr(operations, "version") else 1
+    if found != VERSION:
+        raise ConfigError(
+            f"The C++ kernels ({spec.origin}) are of version {found}, and this megatron_med needs {VERSION}: {_AGAIN}."
+        )
+    return operations
+
+
+OPERATIONS = _load()
 
 
 def cpu_capability() -> str:

@@ -32,18 +32,19 @@ _COSTS: dict[str, Callable[..., Cost]] = {}
 
 
 def opaque_operation(
-    fake: Callable[..., Any], cost: Callable[..., Cost]
+    fake: Callable[..., Any], cost: Callable[..., Cost], mutates: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers a function as the operation ``megatron_med::NAME`` of ``torch.library``, for every device.
 
     Args:
         fake: gives empty tensors of the result's shapes, of the same arguments.
         cost: of the same arguments.
+        mutates: arguments that it writes to.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         name = function.__name__
-        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+        _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=mutates))
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
         _COSTS[name] = cost

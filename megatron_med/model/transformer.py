@@ -20,7 +20,7 @@ from megatron_med.model.score import ScoreHead
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.parameters import name_parameters
 from megatron_med.parallel.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron_med.parallel.tensor_parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
+from megatron_med.parallel.tensor_parallel.layers import VocabParallelEmbedding, VocabParallelHead
 
 ReadOut = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 """Takes ``Transformer.logits`` and the last hidden states."""
@@ -81,7 +81,7 @@ class Transformer(nn.Module, ABC):
         if chunk.is_last and config.head != LANGUAGE_MODEL:
             self.score = ScoreHead(config, context, dtype)
         elif chunk.is_last:
-            self.head = ColumnParallelLinear(
+            self.head = VocabParallelHead(
                 (config.padded_vocab_size, config.hidden_size),
                 context,
                 dtype,
@@ -157,6 +157,22 @@ class Transformer(nn.Module, ABC):
         """Last hidden states ``[seq(/tp), batch, hidden]`` -> ``[seq, batch, padded_vocab/tp]``, or of labels."""
         hidden = self.final_norm(hidden)
         return self.head(hidden) if self.config.head == LANGUAGE_MODEL else self.score(hidden)
+
+    def read_loss(self, batch: MicroBatch, scale: Tensor | None) -> ReadOut:
+        """What makes ``forward`` give the loss of a micro-batch, as ``loss`` is of logits.
+
+        Args:
+            batch: the micro-batch.
+            scale: the gradient that the loss will get; None: no backward pass follows.
+        """
+
+        def read(logits: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+            if self.config.head != LANGUAGE_MODEL or not self.head.can_give_loss:
+                return self.loss(logits(hidden), batch)
+            hidden = self.final_norm(hidden)
+            return self.head.loss(hidden, batch.labels.t(), batch.loss_mask.t(), self.config.vocab_size, scale)
+
+        return read
 
     def loss(self, logits: Tensor, batch: MicroBatch) -> Tensor:
         """Sum over the micro-batch of masked losses, fp32. Divide by the batch's count of what is masked in."""

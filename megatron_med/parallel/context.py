@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_med.config import ParallelConfig
 from megatron_med.config.schema import OverlapConfig
+from megatron_med.parallel.gloo import yield_to_computation
 
 GRID = ("pp", "dp_replicate", "dp_shard", "cp", "tp")
 """Dimensions of the grid, outermost first: tp is innermost so that it stays inside a node."""
@@ -116,7 +117,7 @@ def create_context(config: ParallelConfig, device: torch.device, timeout: timede
     by_label = {label: groups.of(grid.lines(*AXES[label])) for label in dict.fromkeys(map(grid.label, AXES))}
     pp = by_label[grid.label("pp")]
     wraps = config.virtual_stages > 1
-    return ParallelContext(
+    context = ParallelContext(
         device=device,
         **{name: by_label[grid.label(name)] for name in AXES},
         pp_backward=groups.of(grid.lines("pp")),
@@ -129,6 +130,8 @@ def create_context(config: ParallelConfig, device: torch.device, timeout: timede
         overlap=config.overlap,
         timeout=timeout,
     )
+    yield_to_computation()
+    return context
 
 
 class RankGrid:

@@ -330,11 +330,12 @@ def _record(stage: Transformer, batch: MicroBatch, recorder: Recorder, shape: La
     with recorder.section() as forward:
         if not shape.has_embedding:
             received = torch.empty(hidden_shape, dtype=dtype).requires_grad_(shape.needs_input_grad)
-        out = stage(received, batch)
+        read_out = stage.read_loss(batch, torch.ones(())) if shape.has_head else None
+        out = stage(received, batch, read_out=read_out)
         # As in the engine: what was sent is let go of, its place in the autograd graph is enough.
         result: Tensor | GradientEdge | None = None
         if out.requires_grad:
-            result = stage.loss(out, batch) if shape.has_head else get_gradient_edge(out)
+            result = out if shape.has_head else get_gradient_edge(out)
         del out
     # What is alive now stays until the backward pass; the peak above it is the forward pass' own.
     kept = recorder.live

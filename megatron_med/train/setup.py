@@ -113,7 +113,7 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     Raises:
         UserError: data, run folder or checkpoint do not fit the configuration.
     """
-    ask_for(config.kernels)
+    ask_for(config.kernels, device.type)
     context = create_context(config.parallel, device, timedelta(minutes=config.train.timeout_minutes))
     preflight(context)
     on_first_rank(context, folder.claim)

@@ -141,8 +141,8 @@ def test_the_micro_batch_counts_where_there_is_dropout(config: Path) -> None:
     for dropout, told in ((0.0, False), (0.1, True)):
         run = ("--train.output_dir", config.parent / f"run-{dropout}", "--model.hidden_dropout", dropout)
         assert train(config, *run, "--train.steps", 2).returncode == 0
-        done = train(config, *run, "--train.steps", 2, "--train.micro_batch_size", 2)
-        assert ("train.micro_batch_size 1 -> 2" in done.stdout) is told
+        done = train(config, *run, "--train.steps", 2, "--train.micro_batch_size", 4)
+        assert ("train.micro_batch_size 2 -> 4" in done.stdout) is told
 
 
 def _make_old(run: Path, step: int) -> None:

@@ -63,7 +63,7 @@ def test_a_second_ctrl_c_ends_a_run_without_a_launcher(config: Path, tmp_path: P
 def test_a_signal_before_all_ranks_have_come_ends_those_that_wait(config: Path, tmp_path: Path) -> None:
     """Rank 2 of 3 never comes, and rank 0 alone is signalled."""
     with started_ranks(
-        (0, 1), 3, *TRAIN, config, "--parallel.pipeline", 1, "--train.global_batch_size", 9
+        (0, 1), 3, *TRAIN, config, "--parallel.pipeline", 1, "--train.global_batch_size", 12
     ) as processes:
         time.sleep(3)
         os.kill(processes[0].pid, signal.SIGINT)

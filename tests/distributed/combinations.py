@@ -56,7 +56,6 @@ class Combination:
             prefix,
             MODELS[self.family] | {"num_layers": 6},
             precision=precision,
-            micro_batch=self.tensor,  # tensor-parallel runs wait for many small messages: fewer, larger micro-batches
             tensor=self.tensor,
             pipeline=self.pipeline,
             virtual_stages=virtual,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +70,32 @@ def test_bitsandbytes_that_is_asked_for_and_missing_is_a_message(monkeypatch: py
         backend.ask_for("bitsandbytes")
 
 
+def test_native_that_is_asked_for_and_not_built_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_asked", "auto")
+    with pytest.raises(ConfigError, match="serves on a CPU, and this run is on cuda"):
+        backend.ask_for("native", "cuda")
+    monkeypatch.setattr(backend, "_is_installed", lambda module: not module.startswith("_megatron_med"))
+    with pytest.raises(ConfigError, match=r"not built: pip install --no-build-isolation -e .*plain torch serves"):
+        backend.ask_for("native", "cpu")
+    backend.ask_for("auto", "cpu")
+    assert set(backend.choices().values()) <= {"reference", "bitsandbytes"}
+
+
+def test_kernels_of_another_torch_or_of_older_sources_are_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    native = importlib.import_module("megatron_med.kernels.native")
+    monkeypatch.setattr(native, "VERSION", native.VERSION + 1)
+    with pytest.raises(ConfigError, match=rf"are of version {native.VERSION - 1}, .* needs {native.VERSION}: pip"):
+        native._load()
+    strange = tmp_path / "_megatron_med_kernels.so"
+    strange.write_bytes(b"no shared object")
+    spec = importlib.machinery.ModuleSpec("_megatron_med_kernels", None, origin=str(strange))
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(ConfigError, match=rf"cannot be loaded by torch {re.escape(torch.__version__)}: file too short"):
+        native._load()
+
+
 def test_the_first_implementation_that_is_installed_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = ModuleType("fused_norms")
     installed.__spec__ = sys.__spec__
@@ -96,7 +123,7 @@ def test_the_choice_is_told_by_print_config_and_at_the_start(tmp_path: Path, sam
         train={"steps": 1},
     )
     line = backend.describe()
-    assert "reference (layer_norm, gelu_tanh, attention); bitsandbytes on a GPU, else reference (int8_matmul" in line
+    assert "reference (attention); bitsandbytes on a GPU, else reference (int8_matmul" in line
     printed = train(config, "--print_config")
     assert printed.returncode == 0
     assert printed.stdout.splitlines()[-1].startswith(f"# {line}")
@@ -128,18 +155,18 @@ def test_an_opaque_operation_is_recorded_by_what_it_declares(
     logits, targets = _operands(dtype)
     with Recorder() as recorder:
         doubled = logits * 2
-        _, total, hit = cross_entropy_forward(doubled, targets, TRUE)
-        cross_entropy_backward(doubled, targets, total / total, torch.ones_like(hit), TRUE)
+        maximum, total, hit = cross_entropy_forward(doubled, targets, TRUE)
+        cross_entropy_backward(doubled, targets, maximum, total, torch.ones_like(hit), TRUE, doubled)
     names = [kernel.name for kernel in recorder.trace.kernels]
-    assert names == ["mul", "cross_entropy_forward", "div", "ones_like", "cross_entropy_backward"]
+    assert names == ["mul", "cross_entropy_forward", "ones_like", "cross_entropy_backward"]
     forward, backward = (kernel for kernel in recorder.trace.kernels if kernel.kind == "opaque")
     count, itemsize = ROWS * COLUMNS, dtype.itemsize
     assert sum([*forward.reads.values(), *forward.writes.values()]) == count * (2 * itemsize + 8)
-    assert sum([*backward.reads.values(), *backward.writes.values()]) == count * (2 * itemsize + 16)
+    assert sum([*backward.reads.values(), *backward.writes.values()]) == count * (2 * itemsize + 28)
     assert forward.flops == backward.flops == 4 * count
     block = BLOCK_ROWS * (4 * COLUMNS + (12 if dtype == torch.float32 else 4 * COLUMNS))
-    held = 2 * count * itemsize + block  # the logits and their gradient, a block of rows in fp32
-    assert recorder.peak == held + ROWS * 5 * 4  # three statistics, share, ones
+    of_gradient = ROWS * 4 + BLOCK_ROWS * (4 * COLUMNS + 12)  # what goes out of the loss, a block of rows in fp32
+    assert recorder.peak == count * itemsize + ROWS * 3 * 4 + max(block, of_gradient)  # three statistics
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -148,7 +175,7 @@ def test_local_cross_entropy_is_an_operation_that_torch_can_trust(dtype: torch.d
     operations = torch.ops.megatron_med
     torch.library.opcheck(operations.cross_entropy_forward.default, (logits, targets, TRUE))
     rows = torch.ones(ROWS)
-    torch.library.opcheck(operations.cross_entropy_backward.default, (logits, targets, rows, rows, TRUE))
+    torch.library.opcheck(operations.cross_entropy_backward.default, (logits, targets, rows, rows, rows, TRUE, logits))
 
 
 def test_local_cross_entropy_in_float64() -> None:
@@ -162,7 +189,10 @@ def test_local_cross_entropy_in_float64() -> None:
     torch.testing.assert_close(hit[here], logits[here, targets[here]])
     assert not hit[~here].any()
     (log_total - torch.where(here, exact.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1), 0)).sum().backward()
-    grad = cross_entropy_backward(logits, targets, torch.ones(ROWS), torch.ones(ROWS), TRUE)
+    grad = torch.empty_like(logits)
+    cross_entropy_backward(logits, targets, maximum, total, torch.ones(ROWS), TRUE, grad)
     assert exact.grad is not None
     torch.testing.assert_close(grad[:, :TRUE].double(), exact.grad, rtol=1e-5, atol=1e-6)
     assert not grad[:, TRUE:].any()
+    cross_entropy_backward(logits, targets, maximum, total, torch.ones(ROWS), TRUE, logits)
+    assert torch.equal(logits, grad), "in place of the logits"

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_med.kernels import backend, cross_entropy, functional
 from megatron_med.tracing.recorder import Recorder
+from tests.unit.instruction_sets import is_there, run_with
 
 if not backend._is_installed("_megatron_med_kernels"):
     pytest.skip("csrc/kernels is not built", allow_module_level=True)
@@ -38,6 +35,14 @@ def _randn(*shape: int, seed: int = 0) -> Tensor:
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
 
 
 def _swiglu(gate_up: Tensor) -> Tensor:
@@ -67,6 +72,11 @@ def _angles(seq: int, batch: int, dim: int) -> tuple[Tensor, Tensor]:
 CASES: dict[str, Case] = {
     **{f"rms_norm {shape}": (fused.rms_norm, _rms_norm, [_randn(*shape), _randn(shape[-1], seed=1)], (1e-5,))
        for shape in ((7, 3, 37), (130, 2, 64), (1, 1), (5, 1029), (200, 16))},
+    **{f"layer_norm {shape}": (fused.layer_norm, _layer_norm,
+                               [_randn(*shape) + 3, _randn(shape[-1], seed=1), _randn(shape[-1], seed=2)], (1e-5,))
+       for shape in ((7, 3, 37), (130, 2, 64), (5, 1029), (200, 16))},
+    **{f"gelu_tanh {shape}": (fused.gelu_tanh, _gelu, [3 * _randn(*shape)], ())
+       for shape in ((7, 3, 37), (33, 2, 128), (1, 1), (5, 2066))},
     **{f"swiglu {shape}": (fused.swiglu, _swiglu, [3 * _randn(*shape)], ())
        for shape in ((7, 3, 38), (33, 2, 128), (1, 2), (5, 2066))},
     **{f"split_qkv {shape}": (_kernel_split, _split, [_randn(*shape)],
@@ -111,7 +121,10 @@ def test_results_and_gradients_are_those_of_float64(name: str, dtype: torch.dtyp
     _check(CASES[name], dtype)
 
 
-@pytest.mark.parametrize("name", ["rms_norm (7, 3, 37)", "swiglu (7, 3, 38)", "split_qkv (5, 2, 3, 6, 6)"])
+SMALL = ["rms_norm (7, 3, 37)", "layer_norm (7, 3, 37)", "gelu_tanh (7, 3, 37)", "swiglu (7, 3, 38)"]
+
+
+@pytest.mark.parametrize("name", [*SMALL, "split_qkv (5, 2, 3, 6, 6)"])
 def test_tensors_that_are_not_contiguous_and_empty_ones(name: str) -> None:
     kernel, formula, (x, *others), rest = CASES[name]
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -147,9 +160,11 @@ def test_cross_entropy_is_that_of_float64(shape: tuple[int, int, int, int], dtyp
     targets = targets.clamp(max=true_columns - 1)
     maximum, total, hit = fused.cross_entropy_forward(logits, targets, true_columns)
     z = logits.double()[..., :true_columns]
-    share, grad = _randn(seq, batch).sigmoid(), _randn(seq, batch, seed=3)
-    out = fused.cross_entropy_backward(logits, targets, share, grad, true_columns)
-    assert out.dtype == dtype
+    share, grad = _randn(seq, batch).sigmoid(), _randn(seq, batch, seed=3)  # of the softmax that lies in these columns
+    out = torch.empty_like(logits)
+    totals = total / share if true_columns else torch.ones_like(total)
+    maxima = maximum if true_columns else torch.zeros_like(total)
+    fused.cross_entropy_backward(logits, targets, maxima, totals, grad, true_columns, out)
     assert (out[..., true_columns:] == 0).all()
     if true_columns == 0:
         assert (maximum == -torch.inf).all()
@@ -160,6 +175,9 @@ def test_cross_entropy_is_that_of_float64(shape: tuple[int, int, int, int], dtyp
     there = targets >= 0
     assert torch.equal(hit[there].double(), z.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)[there])
     assert (hit[~there] == 0).all()
+    in_place = logits.clone()
+    fused.cross_entropy_backward(in_place, targets, maxima, totals, grad, true_columns, in_place)
+    assert torch.equal(in_place, out)
     one_hot = F.one_hot(targets.clamp(min=0), true_columns) * there.unsqueeze(-1)
     wanted = (z.softmax(-1) * share.unsqueeze(-1) - one_hot) * grad.unsqueeze(-1)
     torch.testing.assert_close(
@@ -175,7 +193,16 @@ def test_a_logit_that_is_no_number_makes_a_loss_that_is_none() -> None:
         assert not (total.log() + maximum - hit).isfinite().any()
 
 
-@pytest.mark.parametrize("name", ["rms_norm (130, 2, 64)", "swiglu (33, 2, 128)", "split_qkv (33, 2, 2, 3, 80)"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rms_norm (130, 2, 64)",
+        "layer_norm (130, 2, 64)",
+        "gelu_tanh (33, 2, 128)",
+        "swiglu (33, 2, 128)",
+        "split_qkv (33, 2, 2, 3, 80)",
+    ],
+)
 def test_the_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
     kernel, _, tensors, rest = CASES[name]
     tensors = [tensor.repeat(40, *[1] * (tensor.dim() - 1)) if tensor.dim() > 1 else tensor for tensor in tensors]
@@ -195,25 +222,29 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(name: str) -> None:
 def test_they_serve_on_a_cpu_and_not_where_a_gpu_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_asked", "auto")
     called: list[str] = []
-    for name in ("rms_norm", "swiglu", "split_qkv", "cross_entropy_forward", "cross_entropy_backward"):
+    names = ("rms_norm", "layer_norm", "gelu_tanh", "swiglu", "split_qkv")
+    for name in (*names, "cross_entropy_forward", "cross_entropy_backward"):
         real = getattr(fused, name)
         monkeypatch.setattr(fused, name, lambda *a, name=name, real=real: called.append(name) or real(*a))
 
     def run() -> None:
         functional.rms_norm(_randn(3, 8), _randn(8), 1e-5)
+        functional.layer_norm(_randn(3, 8), _randn(8), _randn(8), 1e-5)
+        functional.gelu_tanh(_randn(3, 8))
         functional.swiglu(_randn(3, 8))
         functional.split_qkv(_randn(2, 1, 2, 3, 4), 1, None)
         targets = torch.zeros(3, dtype=torch.int64)
         cross_entropy.cross_entropy_forward(_randn(3, 8), targets, 8)
-        cross_entropy.cross_entropy_backward(_randn(3, 8), targets, torch.ones(3), torch.ones(3), 8)
+        ones = torch.ones(3)
+        cross_entropy.cross_entropy_backward(_randn(3, 8), targets, ones, ones, ones, 8, torch.empty(3, 8))
 
     run()
-    assert len(called) == 5
+    assert len(called) == 7
     with backend.serving_on("cuda"):
         run()
     monkeypatch.setattr(backend, "_asked", "reference")
     run()
-    assert len(called) == 5
+    assert len(called) == 7
 
 
 def _operands() -> dict[str, tuple[Any, ...]]:
@@ -223,12 +254,16 @@ def _operands() -> dict[str, tuple[Any, ...]]:
     return {
         "rms_norm_forward": (x, _randn(8), 1e-5),
         "rms_norm_backward": (x, x, _randn(8), scales),
+        "layer_norm_forward": (x, _randn(8), _randn(8), 1e-5),
+        "layer_norm_backward": (x, x, _randn(8), scales, scales),
+        "gelu_forward": (x,),
+        "gelu_backward": (x, x),
         "swiglu_forward": (x,),
         "swiglu_backward": (_randn(6, 4), x),
         "split_qkv_forward": (_randn(3, 2, 2, 4, 4), cos, sin, 2),
         "split_qkv_backward": (*heads, cos, sin),
         "cross_entropy_statistics": (x, targets, 8),
-        "cross_entropy_gradient": (x, targets, scales, scales, 8),
+        "cross_entropy_gradient": (x, targets, scales, scales, scales, 8, torch.empty(6, 8)),
     }
 
 
@@ -261,6 +296,11 @@ def test_a_trace_holds_what_they_declare(monkeypatch: pytest.MonkeyPatch) -> Non
         ("rms_norm_forward", lambda x, w, eps: (x.half(), w.half(), eps), "fp32 or bf16"),
         ("rms_norm_forward", lambda x, w, eps: (x.t(), w[:6], eps), "not contiguous"),
         ("rms_norm_backward", lambda g, x, w, s: (g, x, w, s[:5]), "gradient does not fit"),
+        ("layer_norm_forward", lambda x, w, b, eps: (x, w, b[:7], eps), "weight does not fit"),
+        ("layer_norm_forward", lambda x, w, b, eps: (x.double(), w, b, eps), "fp32 or bf16"),
+        ("layer_norm_backward", lambda g, x, w, m, s: (g, x, w, m[:5], s), "gradient does not fit"),
+        ("gelu_forward", lambda x: (x.t(),), "not contiguous"),
+        ("gelu_backward", lambda g, x: (g[:5], x), "gradient does not fit"),
         ("swiglu_forward", lambda x: (x[:, :7].contiguous(),), "not equally wide"),
         ("swiglu_backward", lambda g, x: (g[:5], x), "gradient does not fit"),
         ("split_qkv_forward", lambda m, c, s, q: (m, c, s, 3), "queries \\+ 2"),
@@ -270,7 +310,8 @@ def test_a_trace_holds_what_they_declare(monkeypatch: pytest.MonkeyPatch) -> Non
         ("cross_entropy_statistics", lambda x, t, n: (x, t + 1, n), "no true column"),
         ("cross_entropy_statistics", lambda x, t, n: (x, t[:5], n), "one int64 target"),
         ("cross_entropy_statistics", lambda x, t, n: (x, t, 9), "more true columns"),
-        ("cross_entropy_gradient", lambda x, t, s, g, n: (x, t, s.double(), g, n), "one fp32 number"),
+        ("cross_entropy_gradient", lambda x, t, m, s, g, n, o: (x, t, m, s.double(), g, n, o), "one fp32 number"),
+        ("cross_entropy_gradient", lambda x, t, m, s, g, n, o: (x, t, m, s, g, n, o[:5]), "does not fit the logits"),
     ],
 )
 def test_operands_that_do_not_fit_are_refused(name: str, change: Any, message: str) -> None:
@@ -291,15 +332,7 @@ print(native.cpu_capability())
 
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_gives_them(capability: str) -> None:
-    order = ["baseline", "avx2", "avx512"]
-    if order.index(capability) > order.index(native.cpu_capability()):
+    if not is_there(capability, native.cpu_capability()):
         pytest.skip(f"this processor has no {capability}")
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "MEGATRON_MED_CPU_CAPABILITY": capability},
-    )
+    done = run_with(capability, _SCRIPT)
     assert done.stdout.split() == [capability], done.stderr[-2000:]

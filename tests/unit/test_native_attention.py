@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_med.kernels import backend, cached_attention
+from tests.unit.instruction_sets import is_there, run_with
 
 if not backend._is_installed("_megatron_med_kernels"):
     pytest.skip("csrc/kernels is not built", allow_module_level=True)
@@ -159,18 +156,10 @@ print(native.cpu_capability())
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512", "sse9"])
 def test_every_instruction_set_gives_it(capability: str) -> None:
     best = native.cpu_capability()
-    there = capability == "baseline" or capability in {"avx2", best}
-    done = subprocess.run(
-        [sys.executable, "-c", _SCRIPT],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "MEGATRON_MED_CPU_CAPABILITY": capability},
-    )
-    if there and best != "baseline":
+    done = run_with(capability, _SCRIPT)
+    if is_there(capability, best):
         assert done.stdout.split() == [capability], done.stderr
-    elif capability != best:
+    else:
         assert done.stderr.splitlines()[-1].startswith(f"error: MEGATRON_MED_CPU_CAPABILITY is {capability}")
 
 

@@ -80,7 +80,7 @@ def test_tensor_traffic_is_the_closed_formula() -> None:
     last = result.stages[7].traffic["tp"]
     vectors = 3 * 4096 * 2 * 4  # maximum, target logit and sum of the cross entropy in fp32
     final_norm = 8192 // 2 * 4
-    assert last.size == middle.size + 128 * (3 * message + vectors) + final_norm  # the head gathers, scatters, gathers
+    assert last.size == middle.size + 128 * (2 * message + vectors) + final_norm  # the head gathers once and scatters
 
 
 def test_tensor_traffic_without_sequence_parallelism() -> None:

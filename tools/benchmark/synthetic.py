@@ -58,17 +58,25 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def medians_in_turns(
+def seconds_in_turns(
     contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1
-) -> dict[str, float]:
-    """Median seconds of each after ``warm_up`` rounds that do not count. All take turns, so that a busy machine slows
-    them alike."""
+) -> dict[str, list[float]]:
+    """Seconds of each in every round, after ``warm_up`` rounds that do not count. All take turns, so that a busy
+    machine slows them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + warm_up):
         for name, run in contestants.items():
             elapsed = seconds_of(run, device)
             if turn >= warm_up:
                 seconds[name].append(elapsed)
+    return seconds
+
+
+def medians_in_turns(
+    contestants: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 1
+) -> dict[str, float]:
+    """Median seconds of each; see ``seconds_in_turns``."""
+    seconds = seconds_in_turns(contestants, rounds, device, warm_up)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 

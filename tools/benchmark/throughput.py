@@ -1,61 +1,144 @@
-"""Tokens per second of one training process, compared with plain transformers: same model, batches and threads.
+"""The training step of one process against the same step in other frameworks: same model, batch and threads.
 
-Both take turns, step by step, in one process; the medians and the ratio are printed.
+All take turns, step by step, in one process; medians, ratios of pairs, and the share of the machine's own rate of
+matrix products. Peak memory is that of a process of its own for each, above what is taken before the model is made.
 
-    python tools/benchmark/throughput.py --preset llama-10m --sequence-length 256 --micro-batch-size 4
+    python tools/benchmark/throughput.py --preset llama-58m --sequence-length 512 --micro-batch-size 4 --precision bf16
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
+import resource
+import statistics
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from synthetic import add_step_arguments, make_config, make_step, medians_in_turns, random_ids
-from transformers import AutoConfig, AutoModelForCausalLM
+from peers import NEEDS, make_peer, missing
+from report import Report, add_json_argument, in_own_process
+from synthetic import add_step_arguments, make_config, make_step, random_ids, seconds_in_turns
 
-from megatron_med.checkpoint.huggingface.config import to_huggingface
-from megatron_med.config.schema import ModelConfig
+from megatron_med.config.schema import Config
 from megatron_med.errors import run_command
 from megatron_med.model.build import DTYPES
+from megatron_med.model.flops import training_flops_per_token
 from megatron_med.parallel.context import single_process_context
+
+OURS, PRODUCT = "megatron_med", "a product of 2,048^3"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_step_arguments(parser, steps=15)
+    add_step_arguments(parser, steps=9)
+    parser.add_argument("--peers", nargs="*", choices=list(NEEDS), default=list(NEEDS), help="against which")
+    parser.add_argument(
+        "--memory-of", choices=[OURS, *NEEDS], help="measures one contestant's peak memory, and no time"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leaves the peak memory out")
+    add_json_argument(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = make_config(arguments.preset, arguments.sequence_length, arguments.micro_batch_size, arguments.precision)
+    if arguments.memory_of:
+        print(json.dumps({"gigabytes": _peak_memory(arguments.memory_of, config, device) / 1e9}))
+        return
+    report = Report(
+        f"step {arguments.preset} {arguments.precision}",
+        {
+            "preset": arguments.preset,
+            "precision": arguments.precision,
+            "batch": f"{arguments.micro_batch_size} x {arguments.sequence_length}",
+            "threads": arguments.threads,
+            "rounds": arguments.steps,
+        },
+    )
+    contestants = {OURS: _make(OURS, config, device)}
+    for name in _taking_part(arguments.peers, arguments.precision, report):
+        try:
+            contestants[name] = _make(name, config, device)
+            contestants[name]()
+        except Exception as error:  # a peer's own fault must not end the comparison
+            contestants.pop(name, None)
+            report.left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    contestants[PRODUCT] = _product(DTYPES[arguments.precision], device)
+    _report_turns(report, seconds_in_turns(contestants, arguments.steps, device, warm_up=2), config)
+    if not arguments.no_memory:
+        for row in report.rows[:-1]:
+            measured = in_own_process([__file__, *_without_json(sys.argv[1:]), "--memory-of", row["contestant"]])
+            row["peak GB"] = measured.get("gigabytes", measured.get("error"))
+    report.show()
+    if arguments.json:
+        report.write(arguments.json)
+
+
+def _taking_part(names: list[str], precision: str, report: Report) -> list[str]:
+    """Those that are installed and mean something in this precision; the others are named."""
+    found = []
+    for name in names:
+        if missing(name):
+            report.left_out[name] = "not installed: pip install 'megatron_med[peers]'"
+        elif not (name.endswith("autocast") and precision == "fp32"):
+            found.append(name)
+    return found
+
+
+def _make(name: str, config: Config, device: torch.device) -> Callable[[], object]:
     ids = random_ids(config, device)
-    contestants = {
-        "megatron_med": make_step(config, single_process_context(device), ids)[1],
-        "transformers": _theirs(config.model, ids, arguments.precision, device),
-    }
-    tokens = arguments.micro_batch_size * arguments.sequence_length
-    medians = medians_in_turns(contestants, arguments.steps, device, warm_up=2)
-    for name, median in medians.items():
-        print(f"{name:14} {tokens / median:10,.0f} tokens/s (median of {arguments.steps} steps)")
-    print(f"ratio          {medians['transformers'] / medians['megatron_med']:10.3f}")
+    if name == OURS:
+        return make_step(config, single_process_context(device), ids)[1]
+    return make_peer(name, config.model, ids, config.precision)
 
 
-def _theirs(model: ModelConfig, ids: torch.Tensor, precision: str, device: torch.device) -> Callable[[], object]:
-    fields = to_huggingface(model, "float32", None, None)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    theirs = AutoModelForCausalLM.from_config(config).to(device, DTYPES[precision]).train()
-    adamw = torch.optim.AdamW(theirs.parameters(), lr=1e-4, fused=True)
+def _product(dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
+    left, right = (torch.randn(2048, 2048, device=device).to(dtype) for _ in range(2))
+    return lambda: left @ right
 
-    def step() -> float:
-        logits = theirs(ids[:, :-1]).logits.float()
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        adamw.step()
-        adamw.zero_grad()
-        return loss.item()
 
-    return step
+def _report_turns(report: Report, seconds: dict[str, list[float]], config: Config) -> None:
+    """Rows with tokens per second and the share of the product's rate."""
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    flops = tokens * training_flops_per_token(config.model, config.data.sequence_length)
+    rate = 2.0 * 2048**3 / statistics.median(seconds[PRODUCT])
+    report.add_turns(seconds)
+    for row in report.rows:
+        if row["contestant"] != PRODUCT:
+            row["tokens/s"] = 1e3 * tokens / row["ms"]
+            row["share of products"] = flops / (row["ms"] / 1e3) / rate
+    report.rows[-1] |= {"ratio": None, "spread": 0.0}
+
+
+def _peak_memory(name: str, config: Config, device: torch.device) -> int:
+    """Bytes at the peak of three steps, above the level before the model is made but with everything imported."""
+    if device.type == "cuda":
+        _run_steps(name, config, device)
+        return torch.cuda.max_memory_allocated(device)
+    before = _resident()
+    _run_steps(name, config, device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+
+
+def _run_steps(name: str, config: Config, device: torch.device) -> None:
+    step = _make(name, config, device)
+    gc.collect()
+    for _ in range(3):
+        step()
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * resource.getpagesize()
+
+
+def _without_json(arguments: list[str]) -> list[str]:
+    if "--json" not in arguments:
+        return arguments
+    place = arguments.index("--json")
+    return arguments[:place] + arguments[place + 2 :]
 
 
 if __name__ == "__main__":

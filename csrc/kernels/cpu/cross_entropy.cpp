@@ -39,19 +39,22 @@ std::tuple<Tensor, Tensor, Tensor> statistics(Tensor logits, Tensor targets, int
   return {maxima, totals, hits};
 }
 
-Tensor gradient(Tensor logits, Tensor targets, Tensor shares, Tensor grads, int64_t true_columns) {
+// Writes (softmax - onehot) * grad to `out`, which may be the logits.
+void gradient(Tensor logits, Tensor targets, Tensor maxima, Tensor totals, Tensor grads, int64_t true_columns,
+              Tensor out) {
   check(logits, targets, true_columns);
-  for (const Tensor& x : {shares, grads}) {
+  for (const Tensor& x : {maxima, totals, grads}) {
     STD_TORCH_CHECK(x.is_contiguous() && x.numel() == targets.numel() && x.scalar_type() == ScalarType::Float,
                     "cross_entropy: not one fp32 number a row");
   }
-  Tensor out = torch::stable::empty_like(logits);
-  const CrossEntropyGradient task{logits.data_ptr(), static_cast<const int64_t*>(targets.data_ptr()), floats(shares),
-                                  floats(grads), out.data_ptr(), width_of(logits), true_columns, is_bf16(logits)};
+  STD_TORCH_CHECK(out.is_contiguous() && out.numel() == logits.numel() && out.scalar_type() == logits.scalar_type(),
+                  "cross_entropy: the result does not fit the logits");
+  const CrossEntropyGradient task{logits.data_ptr(), static_cast<const int64_t*>(targets.data_ptr()), floats(maxima),
+                                  floats(totals), floats(grads), out.data_ptr(), width_of(logits), true_columns,
+                                  is_bf16(logits)};
   over_rows(rows_of(logits), 2 * width_of(logits) * logits.element_size(), [&](int64_t first, int64_t last) {
     MEGATRON_MED_DISPATCH(cross_entropy_gradient_rows, task, first, last);
   });
-  return out;
 }
 
 }  // namespace

@@ -21,9 +21,10 @@ struct CrossEntropy {
 struct CrossEntropyGradient {
   const void* logits;
   const int64_t* targets;
-  const float* shares;  // [rows], of the softmax of all columns that lies in these
+  const float* maxima;  // [rows], of all columns, those of other ranks, too
+  const float* totals;  // [rows], sum over all columns of exp(logit - maximum)
   const float* grads;   // [rows], of each row's loss
-  void* out;            // [rows, columns]; 0 in the padding
+  void* out;            // [rows, columns], 0 in the padding; may be the logits
   int64_t columns;
   int64_t true_columns;
   bool bf16;  // logits and out

@@ -7,10 +7,11 @@ namespace {
 using megatron_med::CrossEntropy;
 using megatron_med::CrossEntropyGradient;
 
+constexpr float kLowest = -__builtin_inff();
+
 template <typename T>
 float maximum(const T* z, int64_t count) {
-  const float lowest = -__builtin_inff();
-  Floats most[4] = {broadcast(lowest), broadcast(lowest), broadcast(lowest), broadcast(lowest)};
+  Floats most[4] = {broadcast(kLowest), broadcast(kLowest), broadcast(kLowest), broadcast(kLowest)};
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
     for (int lane = 0; lane < 4; ++lane) {
@@ -18,10 +19,12 @@ float maximum(const T* z, int64_t count) {
       most[lane] = x > most[lane] ? x : most[lane];
     }
   }
+  over(count - i, [&](int64_t j, auto places) {
+    const Floats x = load(z + i + j, places, kLowest);
+    most[0] = x > most[0] ? x : most[0];
+  });
   const Floats left = most[0] > most[1] ? most[0] : most[1], right = most[2] > most[3] ? most[2] : most[3];
-  float found = largest(left > right ? left : right);
-  for (; i < count; ++i) found = to_float(z[i]) > found ? to_float(z[i]) : found;
-  return found;
+  return largest(left > right ? left : right);
 }
 
 inline float exp_one(float x) { return exp(broadcast(x))[0]; }
@@ -39,12 +42,12 @@ float exp_sum(const T* z, int64_t count, float highest) {
       strange += x == x ? Floats{} : x;
     }
   }
-  float total = sum(sums[0] + sums[1]) + sum(strange);
-  for (; i < count; ++i) {
-    const float x = to_float(z[i]);
-    total += x == x ? exp_one(x - highest) : x;
-  }
-  return total;
+  over(count - i, [&](int64_t j, auto places) {
+    const Floats x = load(z + i + j, places, kLowest);
+    sums[0] += exp(x - highest);
+    strange += x == x ? Floats{} : x;
+  });
+  return sum(sums[0] + sums[1]) + sum(strange);
 }
 
 template <typename T>
@@ -62,15 +65,14 @@ void differentiate(const CrossEntropyGradient& task, int64_t first, int64_t last
   for (int64_t row = first; row < last; ++row) {
     const T* z = static_cast<const T*>(task.logits) + row * task.columns;
     T* out = static_cast<T*>(task.out) + row * task.columns;
-    const float highest = maximum(z, task.true_columns), grad = task.grads[row];
-    const float scale = task.true_columns == 0 ? 0.0f
-                                               : task.shares[row] * grad / exp_sum(z, task.true_columns, highest);
-    over(
-        task.true_columns, [&](int64_t i) { store(out + i, exp(load(z + i) - highest) * scale); },
-        [&](int64_t i) { store_one(out + i, exp_one(to_float(z[i]) - highest) * scale); });
-    for (int64_t i = task.true_columns; i < task.columns; ++i) store_one(out + i, 0.0f);
+    const float highest = task.maxima[row], grad = task.grads[row], scale = grad / task.totals[row];
     const int64_t target = task.targets[row];
-    if (target >= 0) store_one(out + target, exp_one(to_float(z[target]) - highest) * scale - grad);
+    const float of_target = target < 0 ? 0.0f : exp_one(to_float(z[target]) - highest) * scale - grad;
+    over(task.true_columns, [&](int64_t i, auto places) {
+      store(out + i, exp(load(z + i, places) - highest) * scale, places);
+    });
+    for (int64_t i = task.true_columns; i < task.columns; ++i) store_one(out + i, 0.0f);
+    if (target >= 0) store_one(out + target, of_target);
   }
 }
 

@@ -1,7 +1,6 @@
 #include "rms_norm.h"
 
 #include <tuple>
-#include <vector>
 
 #include <torch/csrc/stable/library.h>
 
@@ -9,10 +8,6 @@
 
 namespace megatron_med {
 namespace {
-
-// Rows whose weight gradients are summed one after the other. The blocks do not depend on the number of threads, and
-// their sums are added in order: neither does the result.
-constexpr int64_t kRowsOfABlock = 64;
 
 void check(const Tensor& x, const Tensor& weight) {
   check_type(x, "rms_norm");
@@ -40,27 +35,20 @@ std::tuple<Tensor, Tensor> rms_norm_forward(Tensor x, Tensor weight, double eps)
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weight, Tensor scales) {
   check(x, weight);
   check(grad, weight);
-  const int64_t rows = rows_of(x), width = width_of(x), blocks = (rows + kRowsOfABlock - 1) / kRowsOfABlock;
+  const int64_t rows = rows_of(x), width = width_of(x);
   STD_TORCH_CHECK(rows_of(grad) == rows && scales.numel() == rows && scales.scalar_type() == ScalarType::Float,
                   "rms_norm: the gradient does not fit the input");
   Tensor out = torch::stable::empty_like(x);
-  Tensor total = torch::stable::new_zeros(x, {width}, ScalarType::Float);
-  Tensor sums = torch::stable::new_zeros(x, {blocks, width}, ScalarType::Float);
-  float* of_blocks = static_cast<float*>(sums.data_ptr());
-  over_rows(blocks, 3 * kRowsOfABlock * width * x.element_size(), [&](int64_t first, int64_t last) {
-    for (int64_t block = first; block < last; ++block) {
-      const RmsNormGradient task{grad.data_ptr(), x.data_ptr(), weight.data_ptr(),
-                                 static_cast<const float*>(scales.data_ptr()), out.data_ptr(),
-                                 of_blocks + block * width, width, is_bf16(x)};
-      const int64_t begin = block * kRowsOfABlock, end = std::min(begin + kRowsOfABlock, rows);
-      MEGATRON_MED_DISPATCH(rms_norm_gradient_rows, task, begin, end);
-    }
-  });
-  float* sum = static_cast<float*>(total.data_ptr());
-  for (int64_t block = 0; block < blocks; ++block) {
-    for (int64_t i = 0; i < width; ++i) sum[i] += of_blocks[block * width + i];
-  }
-  return {out, total};
+  const float* of_rows = static_cast<const float*>(scales.data_ptr());
+  const RmsNormGradient task{grad.data_ptr(), x.data_ptr(), weight.data_ptr(), of_rows,
+                             out.data_ptr(),  nullptr,      width,             is_bf16(x)};
+  Tensor of_weight = sum_over_rows(x, rows, width, 3 * width * x.element_size(),
+                                   [&](int64_t first, int64_t last, float* sums) {
+                                     auto block = task;
+                                     block.sums = sums;
+                                     MEGATRON_MED_DISPATCH(rms_norm_gradient_rows, block, first, last);
+                                   });
+  return {out, of_weight};
 }
 
 }  // namespace

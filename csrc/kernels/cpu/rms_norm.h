@@ -22,8 +22,8 @@ struct RmsNormGradient {
   const void* x;        // [rows, width]
   const void* weight;   // [width]
   const float* scales;  // [rows]
-  void* out;            // [rows, width]; null: not wanted
-  float* sums;          // [width], to which grad * x * scale of the rows is added; null: not wanted
+  void* out;            // [rows, width]
+  float* sums;          // [width], to which grad * x * scale of the rows is added
   int64_t width;
   bool bf16;
 };

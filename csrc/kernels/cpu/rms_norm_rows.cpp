@@ -17,9 +17,11 @@ float square_sum(const T* x, int64_t width) {
       sums[lane] += values * values;
     }
   }
-  float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; i < width; ++i) total += to_float(x[i]) * to_float(x[i]);
-  return total;
+  over(width - i, [&](int64_t j, auto places) {
+    const Floats values = load(x + i + j, places);
+    sums[0] += values * values;
+  });
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
 // The product with the scale is rounded before that with the weight, as transformers does it.
@@ -32,9 +34,9 @@ void normalize(const RmsNorm& task, int64_t first, int64_t last) {
     T* out = static_cast<T*>(task.out) + row * width;
     const float scale = 1.0f / __builtin_sqrtf(square_sum(x, width) / width + task.eps);
     task.scales[row] = scale;
-    over(
-        width, [&](int64_t i) { store(out + i, rounded<T>(load(x + i) * scale) * load(weight + i)); },
-        [&](int64_t i) { store_one(out + i, rounded_one<T>(to_float(x[i]) * scale) * to_float(weight[i])); });
+    over(width, [&](int64_t i, auto places) {
+      store(out + i, rounded<T>(load(x + i, places) * scale) * load(weight + i, places), places);
+    });
   }
 }
 
@@ -49,28 +51,16 @@ void differentiate(const RmsNormGradient& task, int64_t first, int64_t last) {
     T* out = static_cast<T*>(task.out) + row * width;
     const float scale = task.scales[row];
     Floats dots = {};
-    float rest = 0;
-    over(
-        width,
-        [&](int64_t i) {
-          const Floats product = load(grad + i) * load(x + i) * scale;
-          store(task.sums + i, load(task.sums + i) + product);
-          dots += product * load(weight + i);
-        },
-        [&](int64_t i) {
-          const float product = to_float(grad[i]) * to_float(x[i]) * scale;
-          task.sums[i] += product;
-          rest += product * to_float(weight[i]);
-        });
-    const float mean = (sum(dots) + rest) / width;
-    over(
-        width,
-        [&](int64_t i) {
-          store(out + i, (load(grad + i) * load(weight + i) - load(x + i) * (scale * mean)) * scale);
-        },
-        [&](int64_t i) {
-          store_one(out + i, (to_float(grad[i]) * to_float(weight[i]) - to_float(x[i]) * (scale * mean)) * scale);
-        });
+    over(width, [&](int64_t i, auto places) {
+      const Floats product = load(grad + i, places) * load(x + i, places) * scale;
+      store(task.sums + i, load(task.sums + i, places) + product, places);
+      dots += product * load(weight + i, places);
+    });
+    const float mean = sum(dots) / width;
+    over(width, [&](int64_t i, auto places) {
+      const Floats g = load(grad + i, places) * load(weight + i, places);
+      store(out + i, (g - load(x + i, places) * (scale * mean)) * scale, places);
+    });
   }
 }
 

@@ -11,18 +11,11 @@ using megatron_med::SplitQkv;
 // second * cos + first * of_second, where `sign` is that of of_first.
 template <typename T>
 void turn(const T* from, T* to, const T* cos, const T* of_first, const T* of_second, int64_t half, float sign) {
-  over(
-      half,
-      [&](int64_t i) {
-        const Floats x = load(from + i), y = load(from + half + i);
-        store(to + i, x * load(cos + i) + sign * y * load(of_first + i));
-        store(to + half + i, y * load(cos + half + i) - sign * x * load(of_second + i));
-      },
-      [&](int64_t i) {
-        const float x = to_float(from[i]), y = to_float(from[half + i]);
-        store_one(to + i, x * to_float(cos[i]) + sign * y * to_float(of_first[i]));
-        store_one(to + half + i, y * to_float(cos[half + i]) - sign * x * to_float(of_second[i]));
-      });
+  over(half, [&](int64_t i, auto places) {
+    const Floats x = load(from + i, places), y = load(from + half + i, places);
+    store(to + i, x * load(cos + i, places) + sign * y * load(of_first + i, places), places);
+    store(to + half + i, y * load(cos + half + i, places) - sign * x * load(of_second + i, places), places);
+  });
 }
 
 template <typename T>

@@ -6,14 +6,6 @@ namespace {
 
 using megatron_med::SwiGlu;
 
-inline Floats sigmoid(Floats x) {
-  const Floats small = exp(x > 0 ? -x : x);  // at most 1
-  return (x > 0 ? broadcast(1.0f) : small) / (1.0f + small);
-}
-
-// A number behind the last whole vector is computed in a vector that holds it once: the same result everywhere.
-inline float sigmoid(float x) { return sigmoid(broadcast(x))[0]; }
-
 template <typename T>
 void activate(const SwiGlu& task, int64_t first, int64_t last) {
   const int64_t width = task.width;
@@ -21,16 +13,10 @@ void activate(const SwiGlu& task, int64_t first, int64_t last) {
     const T* gate = static_cast<const T*>(task.gate_up) + row * 2 * width;
     const T* up = gate + width;
     T* out = static_cast<T*>(task.out) + row * width;
-    over(
-        width,
-        [&](int64_t i) {
-          const Floats x = load(gate + i);
-          store(out + i, rounded<T>(x * sigmoid(x)) * load(up + i));
-        },
-        [&](int64_t i) {
-          const float x = to_float(gate[i]);
-          store_one(out + i, rounded_one<T>(x * sigmoid(x)) * to_float(up[i]));
-        });
+    over(width, [&](int64_t i, auto places) {
+      const Floats x = load(gate + i, places);
+      store(out + i, rounded<T>(x * sigmoid(x)) * load(up + i, places), places);
+    });
   }
 }
 
@@ -44,18 +30,11 @@ void differentiate(const SwiGlu& task, int64_t first, int64_t last) {
     const T* grad = static_cast<const T*>(task.grad) + row * width;
     T* of_gate = static_cast<T*>(task.out) + row * 2 * width;
     T* of_up = of_gate + width;
-    over(
-        width,
-        [&](int64_t i) {
-          const Floats x = load(gate + i), s = sigmoid(x), g = load(grad + i);
-          store(of_gate + i, g * load(up + i) * s * (1.0f + x * (1.0f - s)));
-          store(of_up + i, g * x * s);
-        },
-        [&](int64_t i) {
-          const float x = to_float(gate[i]), s = sigmoid(x), g = to_float(grad[i]);
-          store_one(of_gate + i, g * to_float(up[i]) * s * (1.0f + x * (1.0f - s)));
-          store_one(of_up + i, g * x * s);
-        });
+    over(width, [&](int64_t i, auto places) {
+      const Floats x = load(gate + i, places), s = sigmoid(x), g = load(grad + i, places);
+      store(of_gate + i, g * load(up + i, places) * s * (1.0f + x * (1.0f - s)), places);
+      store(of_up + i, g * x * s, places);
+    });
   }
 }
 

@@ -72,19 +72,47 @@ inline Floats rounded(Floats x) {
   return load(kept);
 }
 
+// Which places of a vector are used: all of them, or the first few. What is read into the others is `rest`.
+struct Whole {};
+struct Part {
+  int64_t count;
+};
+
 template <typename T>
-inline float rounded_one(float x) {
-  T kept;
-  store_one(&kept, x);
-  return to_float(kept);
+inline Floats load(const T* from, Whole, float = 0) {
+  return load(from);
 }
 
-// Calls vector(i) for places [i, i + kLanes) and number(i) for those behind the last whole vector.
-template <typename Vector, typename Number>
-inline void over(int64_t width, const Vector& vector, const Number& number) {
+inline Floats load(const float* from, Part part, float rest = 0) {
+  Floats x = broadcast(rest);
+  __builtin_memcpy(&x, from, part.count * sizeof(float));
+  return x;
+}
+
+inline Floats load(const BFloat16* from, Part part, float rest = 0) {
+  float kept[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) kept[lane] = lane < part.count ? to_float(from[lane]) : rest;
+  return load(kept);
+}
+
+template <typename T>
+inline void store(T* to, Floats x, Whole) {
+  store(to, x);
+}
+
+template <typename T>
+inline void store(T* to, Floats x, Part part) {
+  T kept[kLanes];
+  store(kept, x);
+  __builtin_memcpy(to, kept, part.count * sizeof(T));
+}
+
+// Calls work(i, Whole{}) for places [i, i + kLanes), and work(i, Part{count}) for those behind the last whole vector.
+template <typename Work>
+inline void over(int64_t width, const Work& work) {
   int64_t i = 0;
-  for (; i + kLanes <= width; i += kLanes) vector(i);
-  for (; i < width; ++i) number(i);
+  for (; i + kLanes <= width; i += kLanes) work(i, Whole{});
+  if (i < width) work(i, Part{width - i});
 }
 
 template <int kCount>
@@ -132,6 +160,12 @@ inline Floats exp(Floats x) {
   y = y * r + 1.0f;
   const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
   return x > -87.0f ? y * bit_cast<Floats>(exponent) : Floats{};
+}
+
+// 1 / (1 + e^-x), without overflow.
+inline Floats sigmoid(Floats x) {
+  const Floats small = exp(x > 0 ? -x : x);  // at most 1
+  return (x > 0 ? broadcast(1.0f) : small) / (1.0f + small);
 }
 
 }  // namespace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +27,22 @@ class Stage(Protocol[BatchC]):
 
     chunk: Chunk
 
-    def __call__(self, hidden: Tensor | None, batch: BatchC, /) -> Tensor:
-        """Hidden states of the previous chunk (None on the first) -> hidden states; logits on the last."""
+    def __call__(self, hidden: Tensor | None, batch: BatchC, /, *, read_out: Any = None) -> Tensor:
+        """Hidden states of the previous chunk (None on the first) -> hidden states; on the last what ``read_out``
+        makes of them."""
         ...
 
     def modules(self) -> Iterator[nn.Module]:
         """The chunk and all of its parts."""
         ...
 
-    def loss(self, logits: Tensor, batch: BatchC, /) -> Tensor:
-        """Sum of the micro-batch's masked token losses, in fp32."""
+    def read_loss(self, batch: BatchC, scale: Tensor | None, /) -> Any:
+        """A ``read_out`` that gives the sum of the micro-batch's masked token losses, in fp32.
+
+        Args:
+            batch: the micro-batch.
+            scale: the gradient that the loss will get; None: no backward pass follows.
+        """
         ...
 
     def hidden_shape(self, batch: BatchC, /) -> tuple[int, ...]:
@@ -115,7 +121,7 @@ class PipelineEngine(Generic[BatchT]):
             message = arriving.pop(index)
             key = action.micro_batch, action.chunk
             if isinstance(action, Forward):
-                item = self._forward(action, batches[action.micro_batch], message)
+                item = self._forward(action, batches[action.micro_batch], message, loss_scale if trains else None)
                 if item.loss is not None:
                     total += item.loss.detach()
                 if trains:  # validation lets go of everything at once
@@ -145,15 +151,15 @@ class PipelineEngine(Generic[BatchT]):
     def _shape(self, action: Action, batches: Sequence[BatchT]) -> tuple[int, ...]:
         return self._chunks[action.chunk].hidden_shape(batches[action.micro_batch])
 
-    def _forward(self, action: Forward, batch: BatchT, arriving: Pending | None) -> _Alive:
+    def _forward(self, action: Forward, batch: BatchT, arriving: Pending | None, loss_scale: Tensor | None) -> _Alive:
         stage = self._chunks[action.chunk]
         received = None
         if arriving is not None:
             # A leaf of this stage's graph: its gradient is what the stage before waits for.
             received = arriving.wait().requires_grad_(torch.is_grad_enabled())
-        out = stage(received, batch)
         if stage.chunk.is_last:
-            return _Alive(received, None, stage.loss(out, batch))
+            return _Alive(received, None, stage(received, batch, read_out=stage.read_loss(batch, loss_scale)))
+        out = stage(received, batch)
         self._link.send_forward(out)
         return _Alive(received, get_gradient_edge(out) if out.requires_grad else None)
 

@@ -19,6 +19,7 @@ from megatron_med.parallel.collectives import reduce_from_tensor_parallel
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.parallel.parameters import ParameterLayout, RowBlocks, layout_of, make_parameter
 from megatron_med.parallel.pipeline_parallel.weight_grad_store import WeightGradStore
+from megatron_med.parallel.tensor_parallel.head_loss import HeadLoss, vocab_parallel_head_loss
 from megatron_med.parallel.tensor_parallel.int8 import int8_row_parallel
 from megatron_med.parallel.tensor_parallel.linear import InputMode, LinearPlan, parallel_linear
 from megatron_med.parallel.tensor_parallel.lora import ColumnParallelLoRA, LoRA, LoRASettings, Place, RowParallelLoRA
@@ -56,7 +57,6 @@ class ParallelLinear(nn.Module):
 
     def product(self, x: Tensor, bias: Tensor | None, mode: InputMode) -> Tensor:
         """The autograd function on this rank's shard of the weight."""
-        mode = mode if self.context.tp.size > 1 else "local"
         plan = LinearPlan(self.local, mode, self.context, self.weight_grads)
         return parallel_linear(x, self._operand(), bias, plan)
 
@@ -177,9 +177,36 @@ class ColumnParallelLinear(ParallelLinear):
                 )
         self.lora = ColumnParallelLoRA(places, shape[-1], settings, self.context, self.dtype, region)
 
+    @property
+    def _mode(self) -> InputMode:
+        if self.context.tp.size == 1:
+            return "local"
+        return "gather" if self.context.sequence_parallel else "copy"
+
     def forward(self, x: Tensor, dropout_key: str = "") -> Tensor:
-        out = self.product(x, self.bias, "gather" if self.context.sequence_parallel else "copy")
-        return self.adapted(x, out, dropout_key)
+        return self.adapted(x, self.product(x, self.bias, self._mode), dropout_key)
+
+
+class VocabParallelHead(ColumnParallelLinear):
+    """``[seq(/tp), batch, hidden] -> [seq, batch, padded_vocab/tp]``: the vocabulary is cut."""
+
+    @property
+    def can_give_loss(self) -> bool:
+        """Whether ``loss`` serves: nothing is trained beside the weight, and that is read as it is."""
+        return self.weight is not None and self.lora is None and self.new_rows is None
+
+    def loss(self, x: Tensor, targets: Tensor, mask: Tensor, vocab_size: int, scale: Tensor | None) -> Tensor:
+        """Sum of the masked losses of all tokens, without logits that are whole; see ``vocab_parallel_head_loss``.
+
+        Args:
+            x: ``[seq(/tp), batch, hidden]``.
+            targets, mask: ``[seq, batch]``, ids in the whole vocabulary, and the factors of their losses.
+            vocab_size: without the padding.
+            scale: the gradient that the loss will get; None: no backward pass follows.
+        """
+        assert self.weight is not None, "a head that can give the loss has a weight"
+        plan = HeadLoss(self.local, self._mode, self.context.tp, vocab_size, scale)
+        return vocab_parallel_head_loss(x, self.weight, targets, mask, plan)
 
 
 class RowParallelLinear(ParallelLinear):
