@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 from pathlib import Path
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.errors import ConfigError
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("recipe", type=Path, help="YAML, such as examples/gap_replay/corpus.yaml")
     parser.add_argument("--output", help="folder, in place of the recipe's")
     parser.add_argument("--workers", type=int, help="tasks at once, in place of the recipe's")

@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.errors import ConfigError
 from megatron_med.outputs import output_folder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="--output folders of megatron-med evaluate")
     parser.add_argument("--output", type=Path, required=True, help="folder of the comparison")
     parser.add_argument("--overwrite", action="store_true", help="replace a comparison that stands there")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from megatron_med.checkpoint.huggingface.peft import export_adapter, import_adapter, open_adapter
 from megatron_med.checkpoint.merge import merge_adapter
+from megatron_med.commands.arguments import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     directions = parser.add_subparsers(dest="direction", required=True)
     exporting = directions.add_parser("export", help="adapters of a run -> PEFT folder")
     importing = directions.add_parser("import", help="PEFT folder -> checkpoint of adapters")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 from megatron_med.checkpoint.huggingface.convert import export_huggingface, import_huggingface
+from megatron_med.commands.arguments import Parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     directions = parser.add_subparsers(dest="direction", required=True)
     told = "A Hugging Face folder becomes a checkpoint that any grid loads."
     importing = directions.add_parser("import", help="Hugging Face folder -> checkpoint", description=told)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.errors import ConfigError
 from megatron_med.outputs import refuse_existing
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("corpus", type=Path, help="folder with manifest.json")
     parser.add_argument("--output", type=Path, help="the page (default: CORPUS/report.html)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing page")

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.errors import ConfigError
 from megatron_med.parallel.pipeline_parallel.schedule import (
     GENERATORS,
@@ -30,7 +31,7 @@ _MOST_LABELS = 1500
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Runs a pipeline schedule on paper: bubble, peak of live activations, and a picture of it.",
     )
     parser.add_argument("schedule", choices=sorted(GENERATORS))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.errors import ConfigError
 from megatron_med.evaluate.catalogue import load_task, task_names
 from megatron_med.evaluate.ways import NAMES
@@ -39,7 +40,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="say which tasks there are, and where to get their files")
     parser.add_argument("--checkpoint", help="RUN, RUN/checkpoints, one step, or a Hugging Face folder")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="TASK[=FILE]", help="see --list")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.outputs import output_folder
 from megatron_med.tokenizer.special import TOKEN_SETS, extend_tokenizer, refuse_source, tokens_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--tokenizer", required=True, help="a folder, a .model or tokenizer.json file, ...")
     parser.add_argument(
         "--tokens",

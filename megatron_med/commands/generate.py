@@ -20,6 +20,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.errors import ConfigError
 from megatron_med.inference.answers import (
     AnswerFile,
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", required=True, help="RUN, RUN/checkpoints, one step, or a Hugging Face folder")
     parser.add_argument("--base", help="of adapters, where it is no longer where they were trained")
     prompt = parser.add_mutually_exclusive_group(required=True)

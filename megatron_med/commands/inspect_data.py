@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.config.schema import DataConfig, DataSource
 from megatron_med.data.cache import cache_folder
 from megatron_med.data.gpt import PackedDataset
@@ -34,7 +35,7 @@ _REVERSED = "\x1b[7m{}\x1b[0m"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prefix", help="PREFIX of .bin and .idx")
     parser.add_argument("--document", type=int, help="print this document's ids and text")
     parser.add_argument("--conversation", type=int, help="print this conversation; what is trained stands in [[ ]]")

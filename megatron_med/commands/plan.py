@@ -7,6 +7,7 @@ import json
 import sys
 import time
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.config import load_config
 from megatron_med.errors import EXIT_FAILED
 from megatron_med.plan.cluster import KINDS, Cluster, check_precision, parse_cluster
@@ -14,7 +15,7 @@ from megatron_med.plan.cost_model import KernelAssumptions
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__,
         epilog="--section.key value changes a field of the configuration, as in training (python -m megatron_med.train "
         "--help lists them). Exit code 1: does not fit.",

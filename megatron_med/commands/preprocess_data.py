@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.data.jsonl import Shard
 from megatron_med.data.preprocess import PreprocessOptions, preprocess
 from megatron_med.tokenizer.special import CORPUS_TOKENS
@@ -12,7 +12,7 @@ from megatron_med.words import counted
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--input", nargs="+", type=Path, required=True, help=".jsonl, .json, .csv, .tsv, .parquet; also .gz, .zst"
     )

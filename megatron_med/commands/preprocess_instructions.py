@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.data.conversations import Form, form_names, parse_columns
 from megatron_med.data.jsonl import Shard
 from megatron_med.data.preprocess_instructions import InstructionOptions, preprocess_instructions
@@ -33,7 +34,7 @@ def main() -> None:
 
 
 def _parse() -> InstructionOptions:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", nargs="+", type=Path, required=True, help=KINDS)
     parser.add_argument(
         "--template",

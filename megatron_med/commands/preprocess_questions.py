@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.config.schema import CLASSIFICATION, MULTIPLE_CHOICE
 from megatron_med.errors import ConfigError
 from megatron_med.evaluate.catalogue import TEST, TRAIN, task_names
@@ -36,7 +37,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--task", required=True, choices=task_names(), help="what the file is; see megatron-med evaluate --list"
     )

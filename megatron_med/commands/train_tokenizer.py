@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from megatron_med.commands.arguments import Parser
 from megatron_med.data.jsonl import BadLine, Shard, bad_line_error, check_inputs, text_of
 from megatron_med.data.records import place_of, read_records, spans_of
 from megatron_med.errors import DataError
@@ -16,7 +16,7 @@ from megatron_med.words import counted
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument(
         "--input", nargs="+", type=Path, required=True, help=".jsonl, .json, .csv, .tsv, .parquet; also .gz, .zst"
     )

@@ -107,6 +107,24 @@ def test_options_that_torchrun_does_not_take_are_told(launcher: tuple[str, ...],
     assert len(done.stderr.splitlines()) <= 2
 
 
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("plan",),
+         "the following arguments are required: config, --cluster. megatron-med plan --help lists what there is."),
+        (("export", "--from", "a", "--to", "b", "--verfy"),
+         "unrecognized arguments: --verfy (did you mean --verify?). megatron-med --help lists what there is."),
+        (("generate", "--checkpoint", "x", "--max-new-tokens", "five"),
+         "argument --max-new-tokens: invalid int value: 'five'. megatron-med generate --help lists what there is."),
+    ],
+    ids=["missing", "misspelt", "no number"],
+)  # fmt: skip
+def test_an_option_that_cannot_be_read_is_one_line(options: tuple[str, ...], told: str) -> None:
+    done = python(*COMMAND, *options)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"error: {told}"]
+
+
 def test_a_run_ends_with_the_code_of_its_ranks(sample_data: Path, tmp_path: Path) -> None:
     """Asked to stop it saves and ends with 75; where a rank is killed it ends with 1."""
     config = _config(tmp_path, sample_data, train={"steps": 400}, checkpoint={"interval": 0})

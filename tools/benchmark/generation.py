@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import random
+import statistics
 import tempfile
 from pathlib import Path
 
 import torch
-from synthetic import medians_in_turns
+from report import Ratio, Report, add_json_argument
+from synthetic import seconds_in_turns
 
 from megatron_med.errors import run_command
 from megatron_med.inference.engine import Engine
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    add_json_argument(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,10 +81,15 @@ def main() -> None:
         assert out.shape[1] == longest + arguments.new_tokens
 
     lengths = sorted(map(len, several))
-    print(
-        f"58M Llama, {arguments.precision}, {device.type}, {arguments.threads} threads, {arguments.new_tokens} new "
-        f"tokens a prompt; several prompts: {len(several)} of {lengths[0]} to {lengths[-1]} tokens"
-    )
+    settings = {
+        "model": "58M Llama",
+        "precision": arguments.precision,
+        "device": device.type,
+        "threads": arguments.threads,
+        "new tokens": arguments.new_tokens,
+        "one prompt": middle,
+        "several prompts": f"{len(several)} of {lengths[0]} to {lengths[-1]} tokens",
+    }
     contestants = {
         "one prompt, transformers": lambda: run_theirs(one),
         "one prompt, ours": lambda: run_ours(one),
@@ -89,11 +97,17 @@ def main() -> None:
         "several, transformers, one by one": lambda: [run_theirs([ids]) for ids in several],
         "several, ours": lambda: run_ours(several),
     }
-    medians = medians_in_turns(contestants, arguments.rounds, device)
-    tokens = {name: arguments.new_tokens * (len(several) if name.startswith("several") else 1) for name in medians}
-    for name, seconds in medians.items():
-        mine = medians["one prompt, ours" if name.startswith("one") else "several, ours"]
-        print(f"  {name:<34} {seconds:7.3f} s {tokens[name] / seconds:8.1f} tokens/s, ours {seconds / mine:5.2f} x")
+    report = Report(f"generation {arguments.precision}", settings)
+    seconds = seconds_in_turns(contestants, arguments.rounds, device)
+    for name, times in seconds.items():
+        one_alone = name.startswith("one")
+        ratio = Ratio.of(seconds["one prompt, ours" if one_alone else "several, ours"], times)
+        tokens = arguments.new_tokens * (1 if one_alone else len(several))
+        row = {"contestant": name, "tokens/s": tokens / statistics.median(times)}
+        report.rows.append(row | {"ours is": ratio.median, "spread": ratio.spread})
+    report.show()
+    if arguments.json:
+        report.write(arguments.json)
 
 
 def _their_model(folder: Path, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:

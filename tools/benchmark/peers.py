@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -119,7 +120,8 @@ def _litgpt(model: ModelConfig) -> tuple[nn.Module, Callable[[nn.Module, Tensor,
 
 
 def _megatron_core(model: ModelConfig, ids: Tensor) -> tuple[nn.Module, Callable[[nn.Module, Tensor, Tensor], Tensor]]:
-    """Its ``GPTModel`` with its local spec (no Transformer Engine), as one process of a world of one."""
+    """Its ``GPTModel`` with its local spec (no Transformer Engine), as one process of a world of one. It asks CUDA for
+    its device and its random numbers, which on a CPU and without dropout are none."""
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -128,9 +130,13 @@ def _megatron_core(model: ModelConfig, ids: Tensor) -> tuple[nn.Module, Callable
     if not dist.is_initialized():
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29577")}
         dist.init_process_group("nccl" if ids.is_cuda else "gloo", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    if not parallel_state.is_initialized():
+        parallel_state.initialize_model_parallel()
     if ids.is_cuda:
         tensor_parallel.model_parallel_cuda_manual_seed(1)
+    else:
+        torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+        tensor_parallel.get_cuda_rng_tracker().fork = lambda *_: nullcontext()
     llama = model.family == "llama"
     config = TransformerConfig(
         num_layers=model.num_layers,

@@ -11,7 +11,8 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from synthetic import add_step_arguments, make_config, make_step, medians_in_turns, random_ids
+from report import Report, add_json_argument
+from synthetic import add_step_arguments, make_config, make_step, random_ids, seconds_in_turns
 
 from megatron_med.config.schema import LoRAConfig, QuantizeConfig
 from megatron_med.errors import run_command
@@ -31,14 +32,20 @@ WAYS: dict[str, tuple[str, int, QuantizeConfig]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_step_arguments(parser, steps=9)
+    add_json_argument(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     contestants = {name: _step(arguments, name, device) for name in WAYS}
     tokens = arguments.micro_batch_size * arguments.sequence_length
-    medians = medians_in_turns(contestants, arguments.steps, device, warm_up=2)
-    for name, median in medians.items():
-        print(f"{name:<26} {tokens / median:10,.0f} tokens/s, {medians['full'] / median:5.2f} of the first")
+    named = {name: getattr(arguments, name) for name in ("preset", "precision", "threads", "steps")}
+    report = Report(f"tuning {arguments.preset} {arguments.precision}", named | {"tokens": tokens})
+    report.add_turns(seconds_in_turns(contestants, arguments.steps, device, warm_up=2))
+    for row in report.rows:
+        row["tokens/s"] = 1e3 * tokens / row["ms"]
+    report.show()
+    if arguments.json:
+        report.write(arguments.json)
 
 
 def _step(arguments: argparse.Namespace, name: str, device: torch.device) -> Callable[[], object]:
