@@ -100,6 +100,18 @@ def choices() -> dict[str, str]:
     return {operation: next((name for name, _ in _available(operation)), REFERENCE) for operation in OPERATIONS}
 
 
+def serving(device: str) -> str:
+    """Names of the implementations that serve beside plain torch on a device (``cpu``, ``cuda``); ``reference`` where
+    none does."""
+    found = {
+        name
+        for operation in OPERATIONS
+        for name, _ in _available(operation)
+        if _DEVICES.get(name, device) == device or name == _asked
+    }
+    return ", ".join(sorted(found)) or REFERENCE
+
+
 def describe() -> str:
     """The choices in a line, operations of one implementation together."""
     by_name: dict[str, list[str]] = {}

@@ -5,6 +5,7 @@ A weight may have more than two dimensions, ``[parts, out, in]``: it is one matr
 
 from __future__ import annotations
 
+import platform
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -47,6 +48,15 @@ def own(view: Tensor, shape: Sequence[int]) -> Tensor:
     """A result of that shape in the same memory, which nobody else holds: adapters add to it in place, and autograd
     would refuse to let them add to a view."""
     return torch.ops.aten._unsafe_view(view, shape)
+
+
+def has_bf16_products(device: torch.device) -> bool:
+    """Whether a device multiplies matrices in bf16 faster than in fp32."""
+    if device.type != "cpu":
+        return True
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from megatron_med.checkpoint.folder import read_state
 from megatron_med.config import Config
 from megatron_med.data.streams import Corpora
 from megatron_med.kernels.backend import describe
+from megatron_med.kernels.linear import has_bf16_products
 from megatron_med.model.flops import parameter_count
 from megatron_med.parallel.context import ParallelContext
 from megatron_med.train.loading import Source
@@ -71,7 +72,10 @@ def _device(config: Config, context: ParallelContext) -> str:
         name = torch.cuda.get_device_name(context.device)
     else:
         name = f"CPU ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')} a rank)"
-    return f"{name}, {config.precision}, torch {torch.__version__}"
+    slow = ""
+    if config.precision == "bf16" and not has_bf16_products(context.device):
+        slow = "; bf16 products are emulated here (no avx512_bf16 or amx_bf16): --precision fp32 is faster"
+    return f"{name}, {config.precision}, torch {torch.__version__}{slow}"
 
 
 def _data(config: Config, corpora: Corpora, source: Source | None) -> str:

@@ -14,6 +14,7 @@ from megatron_med.config import Config
 from megatron_med.config.reader import read_yaml
 from megatron_med.config.validate import warmup_faults
 from megatron_med.errors import CheckpointError, ConfigError
+from megatron_med.kernels.backend import serving
 from megatron_med.train.run_folder import CONFIG, CONFIG_BEFORE
 
 Settings = dict[str, Any]
@@ -27,9 +28,10 @@ _PLACES = ("lora.base",)
 _DROPOUTS = ("model.embedding_dropout", "model.hidden_dropout", "model.attention_dropout")
 
 
-def settings_of(config: Config, horizon: int) -> Settings:
-    """The settings of a start, as ``state.json`` holds them. ``lr_schedule.decay_steps`` is the horizon itself."""
-    return _select(asdict(config)) | {_DECAY: horizon}
+def settings_of(config: Config, horizon: int, device: str) -> Settings:
+    """The settings of a start, as ``state.json`` holds them. ``lr_schedule.decay_steps`` is the horizon itself,
+    ``kernels`` what serves on the device: other kernels round otherwise."""
+    return _select(asdict(config)) | {_DECAY: horizon, "kernels": serving(device)}
 
 
 def settings_before(source: Path, state: CheckpointState) -> Settings:

@@ -102,7 +102,7 @@ class Run:
             best=self.best,
             frozen=self.frozen,
             moments_since=self.train_module.optimizer.moments_since,
-            settings=settings_of(self.config, self.horizon),
+            settings=settings_of(self.config, self.horizon, self.context.device.type),
             run={"precision": self.config.precision, "parallel": asdict(self.config.parallel)},
         )
 
@@ -146,7 +146,7 @@ def set_up(config: Config, folder: RunFolder, device: torch.device) -> Run:
     config = with_warmup(config, horizon)
     on_first_rank(context, lambda: folder.begin(identity, dump_config(given), progress.step))
     if before and context.world.is_first:
-        _tell_of_changes(config, before, horizon, progress.step)
+        _tell_of_changes(config, before, horizon, progress.step, device)
     for line in corpora.told() if context.world.is_first else ():
         print(line, flush=True)
     tell_of_repetition(config, context, corpora.one_pass())
@@ -202,8 +202,8 @@ def with_warmup(config: Config, horizon: int) -> Config:
     return replace(config, lr_schedule=replace(schedule, warmup_steps=round(schedule.warmup_fraction * horizon)))
 
 
-def _tell_of_changes(config: Config, before: Settings, horizon: int, step: int) -> None:
-    for line in changes(before, settings_of(config, horizon), step):
+def _tell_of_changes(config: Config, before: Settings, horizon: int, step: int, device: torch.device) -> None:
+    for line in changes(before, settings_of(config, horizon, device.type), step):
         print(line, flush=True)
     warning = beyond_horizon(config, horizon, step)
     if warning:

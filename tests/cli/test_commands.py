@@ -37,7 +37,7 @@ MODEL = {"preset": "llama-tiny", "vocab_size": 512}
 
 
 def _config(folder: Path, data: Path, **sections: Any) -> Path:
-    sections.setdefault("train", {"steps": 4})
+    sections["train"] = {"steps": 4, "micro_batch_size": 1} | sections.get("train", {})
     return write_config(folder, data, model=MODEL, data={"sequence_length": 64}, **sections)
 
 
@@ -374,7 +374,8 @@ def test_an_installed_wheel_has_all_that_it_needs(tmp_path: Path) -> None:
 
     code = (
         "import megatron_med.kernels.native as native, _megatron_med_index as index; "
-        "print(native.__file__, native._SPEC.origin, index.__file__)"
+        "from importlib.util import find_spec; "
+        "print(native.__file__, find_spec('_megatron_med_kernels').origin, index.__file__)"
     )
     where = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60

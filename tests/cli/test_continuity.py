@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_med.checkpoint.folder import describe_files
+from megatron_med.checkpoint.folder import describe_files, read_state, resolve_checkpoint
 from megatron_med.config.schema import LRScheduleConfig
+from megatron_med.kernels import backend
 from megatron_med.optim.lr_schedule import learning_rate
 from tests.cli.processes import TRAIN, read_metrics, started_forked, train, wait_for_step, write_config
 
@@ -155,3 +156,15 @@ def _make_old(run: Path, step: int) -> None:
     manifest["files"] |= describe_files(folder, ["state.json"])
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (run / "config.first.yaml").unlink(missing_ok=True)
+
+
+@pytest.mark.skipif("native" not in backend.serving("cpu"), reason="csrc/kernels is not built")
+def test_other_kernels_may_go_on_and_are_told(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(config, "--train.steps", 2, "--kernels", "reference").returncode == 0
+    assert read_state(resolve_checkpoint(run)).settings["kernels"] == "reference"
+    done = train(config, "--train.steps", 4)
+    assert "changed from step 3 on: kernels reference -> native\n" in done.stdout
+    done = train(config, "--train.steps", 6)
+    assert "kernels" not in "".join(line for line in done.stdout.splitlines() if line.startswith("changed"))
+    assert read_state(resolve_checkpoint(run)).settings["kernels"] == "native"

@@ -95,7 +95,7 @@ def test_what_is_there_is_used_and_checked(sample_data: Path, tmp_path: Path) ->
         sample_data,
         model={"preset": "llama-tiny", "vocab_size": 512},
         data={"sequence_length": 64},
-        train={"steps": 1, "global_batch_size": 4},
+        train={"steps": 1, "global_batch_size": 4, "micro_batch_size": 1},
     )
     done = train(config)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -125,7 +125,7 @@ def test_a_checkpoint_whose_tensors_are_of_another_shape_is_refused(sample_data:
         sample_data,
         model=model,
         data={"sequence_length": 64},
-        train={"steps": 1, "global_batch_size": 4},
+        train={"steps": 1, "global_batch_size": 4, "micro_batch_size": 1},
     )
     assert train(config).returncode == 0
     checkpoint = step_folder(tmp_path / "run" / "checkpoints", 1)

@@ -259,7 +259,16 @@ def _assert_recorded(run: Path, text: str, code: int, reason: str) -> None:
 
 def test_ranks_that_never_come_are_named(config: Path) -> None:
     """Two of three ranks are started, as when a node does not boot."""
-    command = (*TRAIN, config, "--train.timeout_minutes", 0.1, "--parallel.pipeline", 1, "--train.global_batch_size", 9)
+    command = (
+        *TRAIN,
+        config,
+        "--train.timeout_minutes",
+        0.1,
+        "--parallel.pipeline",
+        1,
+        "--train.global_batch_size",
+        12,
+    )
     with started_ranks((0, 2), 3, *command) as processes:
         assert [process.wait(120) for process in processes] == [1, 1]
         assert "ranks [1] of 3 did not start within 0:00:06" in processes[0].output()

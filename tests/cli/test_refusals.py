@@ -28,7 +28,7 @@ def config(tmp_path: Path, sample_data: Path) -> Path:
         sample_data,
         model={"preset": "gpt2-tiny", "vocab_size": 512},
         data={"sequence_length": 32},
-        train={"steps": 2, "global_batch_size": 2},
+        train={"steps": 2, "global_batch_size": 2, "micro_batch_size": 1},
         checkpoint={"asynchronous": False},
     )
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
+from megatron_med.kernels.linear import has_bf16_products
 from tests.cli.processes import (
     TIMEOUT,
     TRAIN,
@@ -399,6 +401,7 @@ def test_metrics_and_validation_are_reported(config: Path, tmp_path: Path) -> No
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
     assert "valid loss" in done.stdout
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["precision"] == "bf16"
+    assert ("bf16 products are emulated here" in done.stdout) is not has_bf16_products(torch.device("cpu"))
 
 
 def test_going_back_to_an_older_step_keeps_the_newer_ones(config: Path, tmp_path: Path) -> None:
