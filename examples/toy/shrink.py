@@ -116,7 +116,7 @@ def _training(tree: dict[str, Any], arguments: argparse.Namespace) -> None:
     train |= {
         "steps": steps,
         "global_batch_size": arguments.batch,
-        "micro_batch_size": min(2, train.get("micro_batch_size", 1)),
+        "micro_batch_size": 2,
         "output_dir": f"runs/{arguments.name}",
         "valid_interval": max(1, steps // 2),
         "valid_samples": 8,

@@ -71,7 +71,7 @@ def recipe(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "planted.jsonl", _planted(shared))
     records = [record for _, record in read_records(shared / "pubmed" / "abstracts_ccby.jsonl")]
     (folder / "baseline.xml.gz").write_bytes(gzip.compress(pubmed_xml(records[:XML_RECORDS]).encode()))
-    write_lines(folder / "ccby.jsonl", records[XML_RECORDS:])
+    write_lines(folder / "ccby.jsonl", records[XML_RECORDS::3])
     qa = {
         "medqa": (shared / "qa" / "medqa_us_4opt_a.jsonl", ["question"]),
         "pubmedqa": (shared / "qa" / "pubmedqa_pqal_train500.json", ["QUESTION", "LONG_ANSWER"]),

@@ -54,7 +54,7 @@ def test_the_first_ten_minutes_are_as_they_are_written(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr, told
     out = clone / "out"
     losses = [line["loss"] for line in read_metrics(out / "first")]
-    assert len(losses) == 70
+    assert len(losses) == 50
     assert losses[-1] < losses[0] - 1
     assert len(read_metrics(out / "adapters")) == 10
     assert done.stdout.count("verified: logits") == 3

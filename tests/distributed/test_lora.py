@@ -207,7 +207,7 @@ def test_masks_are_those_of_one_process_where_ranks_hold_the_same_input(
     for name in ("one process", grid):
         ranks, parallel = GRIDS[name]
         config = _config(sample_data, family, parallel, folder / "base")
-        config.train.steps = 5
+        config.train.steps, config.train.micro_batch_size = 5, 1  # masks are seeded by micro-batch
         config.lora.targets = ["q_proj", "v_proj", "up_proj"] if family == "llama" else ["c_attn", "c_fc"]
         config.lora.dropout = 0.3
         config.optimizer.lr = 2e-2
