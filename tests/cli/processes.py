@@ -29,12 +29,13 @@ def write_config(folder: Path, prefix: Path, **sections: dict[str, Any]) -> Path
     """``folder/config.yaml``: an fp32 run on a token file that writes to ``folder/run``; sections add to it or win."""
     tree: dict[str, Any] = {
         "data": {"train": [{"path": str(prefix)}]},
-        "train": {"global_batch_size": 8, "micro_batch_size": 2, "output_dir": str(folder / "run"), "seed": 3},
+        "train": {"global_batch_size": 8, "output_dir": str(folder / "run"), "seed": 3},
         "logging": {"tensorboard": False},
         "precision": "fp32",
     }
     for name, fields in sections.items():
         tree[name] = tree.get(name, {}) | fields
+    tree["train"].setdefault("micro_batch_size", 2 if tree["train"]["global_batch_size"] >= 8 else 1)
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
