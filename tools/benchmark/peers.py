@@ -4,7 +4,6 @@ backward pass, clipping and torch's fused AdamW. Each is optional; what is not i
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -128,8 +127,7 @@ def _megatron_core(model: ModelConfig, ids: Tensor) -> tuple[nn.Module, Callable
     from megatron.core.transformer import TransformerConfig
 
     if not dist.is_initialized():
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": os.environ.get("MASTER_PORT", "29577")}
-        dist.init_process_group("nccl" if ids.is_cuda else "gloo", rank=0, world_size=1)
+        dist.init_process_group("nccl" if ids.is_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     if not parallel_state.is_initialized():
         parallel_state.initialize_model_parallel()
     if ids.is_cuda:
