@@ -213,7 +213,8 @@ def test_dropout_is_equal_over_tensor_parallel_where_it_must_be_and_differs_wher
     sample_data: Path, sequence_parallel: bool
 ) -> None:
     """Heads are cut: their masks differ. The residual stream is cut under sequence parallelism only."""
-    config = make_config(sample_data, _with_dropout(), batch=2, tensor=2, sequence_parallel=sequence_parallel)
+    grid = {"tensor": 2, "sequence_parallel": sequence_parallel}
+    config = make_config(sample_data, _with_dropout(), batch=2, micro_batch=1, **grid)
     first, second = run_ranks(2, _drop_patterns, config)
     assert first.keys() == second.keys()
     assert len(first) == 3 * 5 + 1
