@@ -16,7 +16,7 @@ tool convert_checkpoint import --from base --to checkpoints/llama
 say "continued pretraining: sharded in pairs, replicated across them"
 awk 'NR % 2 == 0' train.jsonl > pubmed.jsonl
 tokens pubmed pubmed.jsonl tokenizer
-train 4 "$here/pretrain.yaml" continued --base checkpoints/llama --train pubmed --valid base-valid --steps 24 --batch 8 --replicate 2
+train 4 "$here/pretrain.yaml" continued --base checkpoints/llama --train pubmed --valid base-valid --steps 16 --batch 8 --replicate 2
 
 say "instruction data: question sets, Alpaca, chains of thought"
 instructions() { tool preprocess_instructions --template biomed_llama --tokenizer tokenizer "$@"; }
@@ -27,11 +27,11 @@ instructions --input "$questions/medmcqa_train.jsonl" --output-prefix thoughts -
 instructions --input "$questions/alpaca.json" --output-prefix alpaca
 
 say "tuning: mixture A, mixture B, one task"
-train 1 "$here/instruct/mixture_a.yaml" mixture_a --base runs/continued --length 512 --steps 14 \
+train 1 "$here/instruct/mixture_a.yaml" mixture_a --base runs/continued --length 512 --steps 9 \
   --train medqa alpaca pubmedqa thoughts
-train 1 "$here/instruct/mixture_b.yaml" mixture_b --base runs/continued --length 512 --steps 14 \
+train 1 "$here/instruct/mixture_b.yaml" mixture_b --base runs/continued --length 512 --steps 9 \
   --train medqa medmcqa pubmedqa alpaca thoughts
-train 1 "$here/instruct/one_task.yaml" one_task --base runs/continued --length 512 --steps 14 --train medqa
+train 1 "$here/instruct/one_task.yaml" one_task --base runs/continued --length 512 --steps 9 --train medqa
 
 say "scores: word perplexity, likelihood of each option's text, few-shot, exact strings, self-consistency"
 asked=(--tasks "medqa_4options=$questions/medqa_test.jsonl" "pubmedqa=$questions/pubmedqa_test.json")

@@ -15,7 +15,7 @@ tokens train train.jsonl tokenizer
 tokens valid valid.jsonl tokenizer
 
 say "pretraining: GPT-2 from scratch with decoupled AdamW, fully sharded over two processes"
-train 2 "$here/2.7b.yaml" biomedlm --vocab-size 1024 --train train --valid valid --steps 40
+train 2 "$here/2.7b.yaml" biomedlm --vocab-size 1024 --train train --valid valid --steps 24
 tool convert_checkpoint export --from runs/biomedlm --to biomedlm --verify
 
 say "bases for tuning: the model with the tokens that the scripts add"
@@ -28,12 +28,12 @@ say "heads: options of MedQA, classes of PubMedQA and BioASQ"
 declare -A files=([medqa]=jsonl [pubmedqa]=json [bioasq]=tsv)
 for task in medqa pubmedqa bioasq; do
   bash "$here/finetune/prepare.sh" "$task" "$questions/${task}_train.${files[$task]}" "$task" tokenizer-heads
-  train 1 "$here/finetune/$task.yaml" "$task-head" --base checkpoints/heads --train "$task" --length 640 --steps 12 --lr 1e-3
+  train 1 "$here/finetune/$task.yaml" "$task-head" --base checkpoints/heads --train "$task" --length 640 --steps 8 --lr 1e-3
 done
 
 say "summaries: the source masked, behind <|startoftext|>"
 bash "$here/finetune/prepare.sh" meqsum "$questions/meqsum_train.csv" meqsum tokenizer-summary
-train 1 "$here/finetune/meqsum.yaml" summaries --base checkpoints/summary --train meqsum --length 256 --steps 40
+train 1 "$here/finetune/meqsum.yaml" summaries --base checkpoints/summary --train meqsum --length 256 --steps 24
 
 say "scores: each head its own, and 5 beams with ROUGE"
 evaluate --checkpoint runs/medqa-head --output results/medqa-head --score head \

@@ -24,22 +24,22 @@ say "continued pretraining: the recipe of 70B, tensor 2 x pipeline 2 on four pro
 tool convert_checkpoint import --from base --to checkpoints/base --tokenizer data/gap_replay/tokenizer
 parts=(data/gap_replay/guidelines-train data/gap_replay/abstracts-train data/gap_replay/papers-train data/gap_replay/replay-train)
 train 4 "$here/70b.yaml" meditron --base checkpoints/base --train "${parts[@]}" --valid "${parts[@]:0:3}" \
-  --steps 24 --tensor 2 --pipeline 2
+  --steps 16 --tensor 2 --pipeline 2
 tool convert_checkpoint export --from runs/meditron --to meditron --verify
 tool convert_checkpoint import --from meditron --to checkpoints/meditron --tokenizer tokenizer-sft
 
 say "tuning: answers, and chains of thought"
 bash "$here/sft/prepare.sh" medqa answer "$questions/medqa_train.jsonl" medqa tokenizer-sft
 bash "$here/sft/prepare.sh" medmcqa explained "$questions/medmcqa_train.jsonl" medmcqa-cot tokenizer-sft
-train 1 "$here/sft/7b.yaml" answers --base checkpoints/meditron --train medqa --length 768 --steps 12
-train 2 "$here/sft/7b.yaml" thoughts --base checkpoints/meditron --train medmcqa-cot --length 768 --steps 12 --tensor 2
+train 1 "$here/sft/7b.yaml" answers --base checkpoints/meditron --train medqa --length 768 --steps 8
+train 2 "$here/sft/7b.yaml" thoughts --base checkpoints/meditron --train medmcqa-cot --length 768 --steps 8 --tensor 2
 
 say "scores: few-shot, top-token, chain of thought, self-consistency"
 asked=(--tasks "medqa=$questions/medqa_test.jsonl" "medmcqa=$questions/medmcqa_test.jsonl")
 evaluate --checkpoint runs/meditron --output results/meditron-few-shot --score top_token --shots 3 \
   --tasks "medqa=$questions/medqa_test.jsonl" --shots-from "$questions/medqa_train.jsonl"
 evaluate --checkpoint runs/answers --output results/meditron-answers "${asked[@]}" --score top_token letter
-evaluate --checkpoint runs/thoughts --output results/meditron-thoughts "${asked[@]}" --score cot self_consistency
+evaluate --checkpoint runs/thoughts --output results/meditron-thoughts "${asked[@]}" --score cot self_consistency --samples 3
 
 say "table"
 tool compare_results results/meditron-few-shot results/meditron-answers results/meditron-thoughts --output comparison

@@ -67,6 +67,6 @@ llama_base() {
   tool train_tokenizer --input train.jsonl --vocab-size 1024 --output tokenizer
   tokens base-train train.jsonl tokenizer
   tokens base-valid valid.jsonl tokenizer
-  train 1 "$toy/base.yaml" base --train base-train --valid base-valid --steps 40
+  train 1 "$toy/base.yaml" base --train base-train --valid base-valid --steps 24
   tool convert_checkpoint export --from runs/base --to base --verify
 }

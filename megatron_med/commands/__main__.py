@@ -10,6 +10,7 @@ from typing import NoReturn
 
 from megatron_med import __version__
 from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, run_command
+from megatron_med.launch.collection import uncollected
 from megatron_med.launch.torchrun import is_rank, launch
 
 TRAIN = "megatron_med.train"
@@ -96,14 +97,16 @@ def run(arguments: list[str]) -> int:
             return EXIT_BAD_INPUT
     if command.on_ranks and not is_rank() and "--" in rest:
         split = rest.index("--")
-        module = [TRAIN] if name == "train" else ["megatron_med.commands", name]
-        return launch(rest[:split], [*module, *rest[split + 1 :]])
+        ranks_run = [TRAIN] if name == "train" else ["megatron_med.commands", name]
+        return launch(rest[:split], [*ranks_run, *rest[split + 1 :]])
     if name == "train":
         from megatron_med.train.__main__ import main as train
 
         return train(rest)
     sys.argv = ["megatron-med", name, *rest] if command.words else [f"megatron-med {name}", *rest]
-    return run_command(importlib.import_module(f"megatron_med.commands.{command.module}").main)
+    with uncollected():
+        module = importlib.import_module(f"megatron_med.commands.{command.module}")
+    return run_command(module.main)
 
 
 def _usage() -> str:

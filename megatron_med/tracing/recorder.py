@@ -65,6 +65,14 @@ def group_labels(context: ParallelContext) -> dict[str, str]:
     return labels
 
 
+def answer(function: Any, args: Any, kwargs: Any) -> Any:
+    """A question about a tensor, which costs nothing. Most are for its device, many for each operation: a tensor
+    without data answers them at once, not through every mode below this one."""
+    if function is torch.ops.prim.device.default and type(args[0]) is FakeTensor:
+        return torch.device("meta") if args[0].fake_mode.in_kernel_invocation else args[0].fake_device
+    return function(*args, **kwargs)
+
+
 class Recorder(TorchDispatchMode):
     """Records everything that runs within it.
 
@@ -99,8 +107,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function.namespace == "prim":  # a question about a tensor: its device
-            return function(*args, **kwargs)
+        if function.namespace == "prim":
+            return answer(function, args, kwargs)
         if function.namespace == "c10d":
             return self._communicate(function, args, kwargs)
         if function is torch.ops.aten._fused_sdp_choice.default and isinstance(args[0], FakeTensor):

@@ -15,6 +15,7 @@ from megatron_med.config import Config, load_config
 from megatron_med.config.load import INFORMATION_FLAGS, peek_output_dir
 from megatron_med.errors import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILED, UserError, describe_os_error
 from megatron_med.kernels.backend import describe
+from megatron_med.launch.collection import uncollected
 from megatron_med.launch.environment import read_ranks
 from megatron_med.train.run_folder import RunFolder, write_launch_record
 from megatron_med.train.signals import StopRequest
@@ -54,18 +55,20 @@ def main(arguments: list[str]) -> int:
 
 
 def _dry_run(arguments: list[str]) -> int:
-    from megatron_med.train.dry_run import main as dry_run
+    with uncollected():
+        from megatron_med.train.dry_run import main as dry_run
 
     return dry_run(arguments)
 
 
 def _train(config: Config, rank: int, stop: StopRequest) -> int:
-    import torch.distributed as dist  # after the configuration was accepted: refusing takes no torch
+    with uncollected():
+        import torch.distributed as dist  # after the configuration was accepted: refusing takes no torch
 
-    from megatron_med.launch.process_group import start_process_group
-    from megatron_med.parallel.collectives import gather_objects
-    from megatron_med.train.loop import train
-    from megatron_med.train.setup import set_up
+        from megatron_med.launch.process_group import start_process_group
+        from megatron_med.parallel.collectives import gather_objects
+        from megatron_med.train.loop import train
+        from megatron_med.train.setup import set_up
 
     folder = RunFolder(config.train.output_dir)
     report: FailureReport | None = None

@@ -44,7 +44,7 @@ from megatron_med.optim.groups import check_groups
 from megatron_med.parallel.context import ParallelContext, create_context
 from megatron_med.parallel.pipeline_parallel.schedule import GENERATORS, Action, Schedule
 from megatron_med.tokenizer import Tokenizer
-from megatron_med.tracing.recorder import Recorder, group_labels
+from megatron_med.tracing.recorder import Recorder, answer, group_labels
 from megatron_med.tracing.trace import Trace
 from megatron_med.train.loading import Source, find_source, rows_to_train
 from megatron_med.train.setup import build_train_module, make_loader
@@ -139,8 +139,8 @@ class _ReadsOne(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function.namespace == "prim":  # a question about a tensor: its device
-            return function(*args, **kwargs)
+        if function.namespace == "prim":
+            return answer(function, args, kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         if tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors):
             with unset_fake_temporarily():

@@ -14,7 +14,7 @@ from megatron_med.plan.memory import Memory
 from megatron_med.plan.predict import plan
 from megatron_med.tracing.recorder import Recorder
 from tests.ranks import run_ranks
-from tests.training import MEMORY_GRIDS, memory_config, one_step, set_up
+from tests.training import MEMORY_GRIDS, ProductsInFP32, memory_config, one_step, set_up
 
 WAYS = {
     "full": None,
@@ -44,7 +44,7 @@ def _measured(config: Config) -> int:
         values = torch.randn(shape, generator=generator_of("footprint", weight.layout.name))
         weight.fill((values * 0.02).to(weight.dtype))
     for step in (1, 2):
-        with recorder, recorder.section():
+        with ProductsInFP32(), recorder, recorder.section():
             one_step(train_module, loader, step, config.train.global_batch_size)
     return recorder.peak
 
