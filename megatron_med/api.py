@@ -75,6 +75,7 @@ def train(config: Config) -> Outcome:
     Raises:
         UserError: data, run folder or checkpoint do not fit the configuration.
     """
+    _check_is_read(config)
     _check_world(config, read_ranks()[1])
     stop = StopRequest()
     folder = RunFolder(config.train.output_dir)
@@ -87,6 +88,11 @@ def train(config: Config) -> Outcome:
         finally:
             folder.release()
     return outcome
+
+
+def _check_is_read(config: Config) -> None:
+    if not isinstance(config, Config):
+        raise ConfigError(f"{config!r} is no configuration: give what load_config returns.")
 
 
 def _check_world(config: Config, world_size: int) -> None:
@@ -119,6 +125,9 @@ def plan(config: Config, cluster: str, *, nics: int | None = None) -> Plan:
     Raises:
         ConfigError: there is no such kind, or the configuration does not suit it.
     """
+    _check_is_read(config)
+    if not isinstance(cluster, str):
+        raise ConfigError(f"cluster is {cluster!r}: give KIND:NODESxGPUS, such as a100-80g:16x8.")
     found = parse_cluster(cluster, nics)
     check_precision(config)
     _check_world(config, found.world_size)
@@ -147,6 +156,8 @@ def export_huggingface(
     source: str | Path, target: str | Path, *, dtype: str | None = None, verify: bool = False, overwrite: bool = False
 ) -> None:
     """A run or checkpoint as a Hugging Face folder; see ``checkpoint.huggingface.convert``."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype is {dtype}: it can be {', '.join(DTYPES)}.")
     convert.export_huggingface(Path(source), Path(target), dtype=dtype, verify=verify, overwrite=overwrite)
 
 

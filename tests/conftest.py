@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -32,6 +33,15 @@ torch.set_num_threads(1)
 let_children_be_interrupted()
 
 
+gc.disable()  # until all tests are read: what they bring stays
+
+
+def pytest_collection_finish() -> None:
+    """From here on as usual, but what is there is never walked through again."""
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="the tests that take minutes, too (marker slow)")
 
@@ -50,8 +60,9 @@ TOGETHER = (
     "tests/cli/test_slurm.py",
     "tests/distributed/test_checkpoint_topology.py",
     "tests/golden/test_added_tokens.py",
+    "tests/golden/test_evaluation.py",
 )
-"""Modules that make something costly once: one worker runs all of their tests."""
+"""Modules that make or import something costly once: one worker runs all of their tests."""
 
 
 class _Scheduler(LoadScopeScheduling):

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import pickle
 import socket
 import time
 import traceback
@@ -77,7 +78,7 @@ def _collect(pipes: list[Connection], timeout: float) -> list[Any]:
         for pipe in ready:
             rank = pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                failure, value = pipe.recv()  # type: ignore[union-attr]
+                failure, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
             except EOFError:
                 raise RuntimeError(f"rank {rank} died without a word") from None
             if failure is not None:
@@ -96,10 +97,15 @@ def _rank(
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=TIMEOUT))
-        pipe.send((None, function(*arguments)))
+        _send(pipe, None, function(*arguments))
     except BaseException:
-        pipe.send((traceback.format_exc(), None))
+        _send(pipe, traceback.format_exc(), None)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
         pipe.close()
+
+
+def _send(pipe: Connection, failure: str | None, value: Any) -> None:
+    """By value: what a connection makes of a tensor is a reference to memory that goes with the rank."""
+    pipe.send_bytes(pickle.dumps((failure, value)))

@@ -20,3 +20,9 @@ def _forked() -> Iterator[dict[str, str]]:
 def forked_environment(_forked: dict[str, str]) -> dict[str, str]:
     """For a script: its ``python``, ``torchrun`` and ``megatron-med`` are forked, and so are torchrun's ranks."""
     return environment() | _forked
+
+
+@pytest.fixture
+def forked_ranks(_forked: dict[str, str]) -> dict[str, str]:
+    """For a real torchrun: its ranks are forked."""
+    return {"PYTHON_EXEC": _forked["PYTHON_EXEC"]}

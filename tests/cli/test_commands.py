@@ -246,7 +246,7 @@ def test_the_example_of_the_api_runs(sample_data: Path, tmp_path: Path) -> None:
 
 _MISUSED = """
 import sys
-from megatron_med.api import generate, load_config, plan, train
+from megatron_med.api import export_huggingface, generate, load_config, plan, train
 from megatron_med.errors import ConfigError
 
 path, run = sys.argv[1:]
@@ -261,6 +261,10 @@ for call in (
     lambda: plan(load_config(path, {"precision": "bf16", "parallel.tensor": 2}, world_size=2), "a100-80g:1x1"),
     lambda: train(load_config(path, {"parallel.tensor": 2}, world_size=2)),
     lambda: load_config(path, {"train.steps": "three"}),
+    lambda: train("config.yaml"),
+    lambda: plan({"model": 1}, "a100-80g:1x1"),
+    lambda: plan(load_config(path), None),
+    lambda: export_huggingface(run, run, dtype="fp8"),
 ):
     try:
         call()
@@ -287,6 +291,10 @@ def test_the_api_refuses_what_cannot_be_meant(sample_data: Path, tmp_path: Path)
             "The world size is 1: parallel.tensor x parallel.pipeline = 2 x 1",
             "The world size is 1: parallel.tensor x parallel.pipeline = 2 x 1",
             "train.steps is 'three'",
+            "'config.yaml' is no configuration: give what load_config returns.",
+            "{'model': 1} is no configuration: give what load_config returns.",
+            "cluster is None: give KIND:NODESxGPUS, such as a100-80g:16x8.",
+            "dtype is fp8: it can be fp32, bf16, fp16.",
             "20261130 True",
         ),
         strict=True,

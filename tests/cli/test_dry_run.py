@@ -39,16 +39,18 @@ def _cluster_of(recipe: Path) -> tuple[str, int | None]:
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_passes_on_the_first_a_middle_and_the_last_rank(recipe: Path) -> None:
-    """Without a pipeline all ranks run the same: the last one, whose slices may be shorter, is started, and one
-    micro-batch."""
+    """Without a pipeline all ranks run the same, and so do all layers: the last one, whose slices may be shorter, is
+    started, with one micro-batch and some layers."""
     world_size = parse_cluster(_cluster_of(recipe)[0]).world_size
     config = load_config([str(recipe)], world_size)
     ranks, batches = [0, world_size // 2 + 5, world_size - 1], "2"
+    layers: tuple[str, ...] = ()
     if config.parallel.pipeline == 1:
-        ranks, batches = ranks[-1:], "1"
+        ranks, batches, layers = ranks[-1:], "1", ("--model.num_layers", "8")
     with ExitStack() as stack:
         commands = (
-            [*TRAIN, str(recipe), *map(str, _world(world_size, rank)), "--micro-batches", batches] for rank in ranks
+            [*TRAIN, str(recipe), *map(str, _world(world_size, rank)), "--micro-batches", batches, *layers]
+            for rank in ranks
         )
         processes = [stack.enter_context(started_forked(command)) for command in commands]
         done = [process.communicate(TIMEOUT) for process in processes]

@@ -69,20 +69,21 @@ def _final(run: Path) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_kills_leave_the_final_weights_bitwise_equal(
-    config: Path, tmp_path: Path, forked_environment: dict[str, str]
+    config: Path, tmp_path: Path, forked_ranks: dict[str, str]
 ) -> None:
     """A random rank is killed at random moments: while starting, training, saving. torchrun restarts both."""
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    ranks = {"PYTHON_EXEC": forked_environment["PYTHON_EXEC"]}
     command = torchrun_command(2, *TRAIN, config, "--train.output_dir", whole)
-    subprocess.run(command, env=environment() | ranks, cwd=REPOSITORY, timeout=TIMEOUT, check=True, capture_output=True)
+    subprocess.run(
+        command, env=environment() | forked_ranks, cwd=REPOSITORY, timeout=TIMEOUT, check=True, capture_output=True
+    )
 
     chance = random.Random(5)
     log = tmp_path / "log"
     options = ("--max-restarts", KILLS + 5, "--monitor-interval", 0.1)
     command = torchrun_command(2, *options, *TRAIN, config, "--train.output_dir", broken)
     kills, ends = 0, []
-    with started(command, log, ranks) as process:
+    with started(command, log, forked_ranks) as process:
         before: set[int] = set()
         while kills < KILLS:
             workers = _await_workers(process, before, log)
@@ -237,14 +238,15 @@ def test_a_fault_of_one_rank_is_recorded_with_its_own_words(
     [MEMORY, pytest.param(*SAMPLE, marks=pytest.mark.slow), pytest.param(*DISK, marks=pytest.mark.slow)],
 )
 def test_torchrun_ends_every_rank_only_after_the_fault_is_recorded(
-    config: Path, tmp_path: Path, error: str, where: str, code: int, reason: str
+    config: Path, tmp_path: Path, forked_ranks: dict[str, str], error: str, where: str, code: int, reason: str
 ) -> None:
     """It signals the others as soon as one rank is gone."""
     script = tmp_path / "failing.py"
     script.write_text(_FAILING.format(error=error, where=where))
     command = torchrun_command(2, script, config, "--train.steps", 1000)
+    env = environment() | forked_ranks
     done = subprocess.run(
-        command, env=environment(), cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT, check=False
+        command, env=env, cwd=REPOSITORY, capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
     assert done.returncode == 1
     _assert_recorded(tmp_path / "run", done.stderr, code, reason)
@@ -274,7 +276,9 @@ def test_ranks_that_never_come_are_named(config: Path) -> None:
         assert "ranks [1] of 3 did not start within 0:00:06" in processes[0].output()
 
 
-def test_the_launch_script_starts_again_after_a_kill_and_not_after_bad_input(config: Path, tmp_path: Path) -> None:
+def test_the_launch_script_starts_again_after_a_kill_and_not_after_bad_input(
+    config: Path, tmp_path: Path, forked_ranks: dict[str, str]
+) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     script = ["bash", str(REPOSITORY / "tools" / "launch.sh"), "--standalone", "--nproc-per-node", "2", "--"]
     quick = {"MEGATRON_MED_RESTART_DELAY": "0", "MEGATRON_MED_PYTHON": python_path()}
@@ -294,6 +298,7 @@ def test_the_launch_script_starts_again_after_a_kill_and_not_after_bad_input(con
     assert text.count("loaded") == 2
     assert [line["step"] for line in read_metrics(run)] == list(range(1, 81))
 
+    quick |= forked_ranks
     with started([*script, str(config), "--train.steps", "100000"], log, quick) as process:
         wait_for_step(run, 83, process, log)
         process.send_signal(signal.SIGTERM)
@@ -314,10 +319,12 @@ def test_the_launch_script_starts_again_after_a_kill_and_not_after_bad_input(con
     assert done.returncode == 2
 
 
-def test_the_launch_script_leaves_a_live_run_alone_and_saves_at_ctrl_c(config: Path, tmp_path: Path) -> None:
+def test_the_launch_script_leaves_a_live_run_alone_and_saves_at_ctrl_c(
+    config: Path, tmp_path: Path, forked_ranks: dict[str, str]
+) -> None:
     run, log = tmp_path / "run", tmp_path / "log"
     script = ["bash", str(REPOSITORY / "tools" / "launch.sh"), "--standalone", "--nproc-per-node", "2", "--"]
-    quick = {"MEGATRON_MED_RESTART_DELAY": "0", "MEGATRON_MED_PYTHON": python_path()}
+    quick = {"MEGATRON_MED_RESTART_DELAY": "0", "MEGATRON_MED_PYTHON": python_path()} | forked_ranks
     with started([*script, str(config), "--train.steps", "100000"], log, quick) as process:
         wait_for_step(run, 3, process, log)
         done = subprocess.run(

@@ -425,6 +425,8 @@ STARTED = {
     "biomedlm/finetune/medqa.yaml",
 }
 """Those that are started dry; the others differ from one of them in size or data only."""
+FEWER_LAYERS = {name: ("--model.num_layers", 6) for name in STARTED if not name.startswith("gap_replay")}
+"""Without a pipeline every layer is like the one before."""
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -436,7 +438,7 @@ def test_recipes_are_planned_and_started_dry(name: str) -> None:
     assert "fits:" in planned.stdout
     if name not in STARTED:
         return
-    place = ("--world-size", ranks, "--rank", ranks // 2, "--micro-batches", 1)
+    place = ("--world-size", ranks, "--rank", ranks // 2, "--micro-batches", 1, *FEWER_LAYERS.get(name, ()))
     dry = python("-m", "megatron_med.train", recipe, "--dry-run", *place)
     assert dry.returncode == 0, dry.stderr
     assert dry.stderr == ""

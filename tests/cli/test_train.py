@@ -18,6 +18,7 @@ from megatron_med.kernels.linear import has_bf16_products
 from tests.cli.processes import (
     TIMEOUT,
     TRAIN,
+    environment,
     kill_all,
     kill_group,
     python,
@@ -55,15 +56,17 @@ def _losses(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_metrics(run)}
 
 
-LAUNCHED = pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
-"""By torchrun, or each rank by itself."""
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)])
+def launched(request: pytest.FixtureRequest) -> dict[str, str] | None:
+    """By torchrun, with what it needs of the environment, or (None) each rank by itself."""
+    return request.getfixturevalue("forked_ranks") if request.param else None
 
 
-def _kill_at(step: int, run: Path, launched: bool, ranks: int, *arguments: object) -> None:
+def _kill_at(step: int, run: Path, launched: dict[str, str] | None, ranks: int, *arguments: object) -> None:
     """kill -9 on the launcher and every rank of a run, once it has reached a step."""
     log = run.with_suffix(".log")
-    if launched:
-        with started(torchrun_command(ranks, *TRAIN, *arguments), log) as process:
+    if launched is not None:
+        with started(torchrun_command(ranks, *TRAIN, *arguments), log, launched) as process:
             wait_for_step(run, step, process, log)
             kill_group(process)
         return
@@ -72,17 +75,19 @@ def _kill_at(step: int, run: Path, launched: bool, ranks: int, *arguments: objec
         kill_all(processes)
 
 
-def _finish(launched: bool, ranks: int, *arguments: object) -> None:
-    if not launched:
+def _finish(launched: dict[str, str] | None, ranks: int, *arguments: object) -> None:
+    if launched is None:
         train_on_ranks(ranks, *arguments)
         return
     command = torchrun_command(ranks, *TRAIN, *arguments)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    env = environment() | launched
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@LAUNCHED
-def test_resume_on_other_topology_continues_the_loss_curve(config: Path, tmp_path: Path, launched: bool) -> None:
+def test_resume_on_other_topology_continues_the_loss_curve(
+    config: Path, tmp_path: Path, launched: dict[str, str] | None
+) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     validating = ("--train.valid_interval", 10, "--train.valid_samples", 21)
     done = train(config, "--train.output_dir", whole, *validating)
@@ -108,9 +113,8 @@ def test_resume_on_other_topology_continues_the_loss_curve(config: Path, tmp_pat
     assert sorted(path.name for path in (broken / "checkpoints").glob("step-*")) == ["step-00000020", "step-00000040"]
 
 
-@LAUNCHED
 def test_killed_before_its_first_checkpoint_it_starts_again_from_step_0(
-    config: Path, tmp_path: Path, launched: bool
+    config: Path, tmp_path: Path, launched: dict[str, str] | None
 ) -> None:
     run = tmp_path / "run"
     arguments = (config, "--parallel.pipeline", 2)
@@ -124,10 +128,12 @@ def test_killed_before_its_first_checkpoint_it_starts_again_from_step_0(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signal_to_the_launcher_saves_and_ends_with_75(config: Path, tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_to_the_launcher_saves_and_ends_with_75(
+    config: Path, tmp_path: Path, forked_ranks: dict[str, str], number: signal.Signals
+) -> None:
     run = tmp_path / "run"
     arguments = (*TRAIN, config, "--parallel.tensor", 2, "--train.steps", 2000, "--checkpoint.interval", 5000)
-    with started(torchrun_command(2, *arguments), tmp_path / "log") as process:
+    with started(torchrun_command(2, *arguments), tmp_path / "log", forked_ranks) as process:
         wait_for_step(run, 3, process, tmp_path / "log")
         process.send_signal(number)
         process.wait(timeout=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def folder(request: pytest.FixtureRequest, shared: Path, tmp_path_factory: pytes
     return chat_tokenizer(request.param, shared, tmp_path_factory.mktemp(request.param))
 
 
+@cache
 def _real(shared: Path) -> list[list[dict[str, Any]]]:
     """Conversations of real records: pairs, and several turns."""
     found = []

@@ -19,6 +19,25 @@ for precision in fp32 bf16; do
   measure kernels --precision "$precision" --threads "$cores" --json "$file"
   measure kernels --precision "$precision" --threads "$cores" --kilobytes 64 --json "$file"
 done
+launch() { # RANKS SCRIPT ...: one thread a rank
+  echo "== $*"
+  OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$1" "$here/$2.py" "${@:3}" --json "$file" ||
+    echo "$2 has failed; the others go on" >&2
+}
+launch 2 schedules --micro-batches 8
+launch 2 overlap --tensor 2 --precision fp32
+launch 4 overlap --tensor 2 --precision fp32
+launch 2 overlap --pipeline 2 --schedule interleaved --precision fp32
+OMP_NUM_THREADS=1 measure scaling --json "$file"
+launch 2 saving
+measure conversion --json "$file"
+tokenizer=$(mktemp -d)
+trap 'rm -rf "$tokenizer"' EXIT
+sample=$repository/examples/quickstart/sample.jsonl
+python "$repository/tools/train_tokenizer.py" --input "$sample" --vocab-size 4096 --output "$tokenizer/bpe"
+measure preprocessing --input "$sample" --tokenizer "$tokenizer/bpe" --workers "$cores" --json "$file"
+measure loader --json "$file"
+measure index --json "$file"
 for precision in fp32 bf16; do
   measure generation --precision "$precision" --threads "$cores" --json "$file"
   measure tuning --preset llama-10m --precision "$precision" --threads "$cores" --json "$file"

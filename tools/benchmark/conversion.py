@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from report import Report, add_json_argument
 
 from megatron_med.errors import run_command
 
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=22)
     parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir()), help="gets a folder of its own")
     parser.add_argument("--repeat", type=int, default=3)
+    add_json_argument(parser)
     arguments = parser.parse_args()
     arguments.folder = Path(tempfile.mkdtemp(prefix="conversion-", dir=arguments.scratch))
     _run(_MAKE.format(folder=arguments.folder, layers=arguments.layers))
@@ -91,9 +93,13 @@ def main() -> None:
         seconds[name].append(time.perf_counter() - start)
         memory[name] = max(memory[name], float(held))
     shutil.rmtree(arguments.folder)
-    for name, times in seconds.items():
-        ratio = statistics.median(own / theirs for own, theirs in zip(times, seconds["transformers"], strict=True))
-        print(f"{name}: {statistics.median(times):.1f} s, {ratio:.2f} of transformers, {memory[name] / GIB:.2f} GiB")
+    report = Report("conversion", {"layers": arguments.layers, "rounds": arguments.repeat})
+    report.add_turns({name: seconds[name] for name in ("transformers", "import", "export")})
+    for row in report.rows:
+        row["GiB"] = memory[row["contestant"]] / GIB
+    report.show()
+    if arguments.json:
+        report.write(arguments.json)
 
 
 def _run(code: str) -> str:

@@ -15,12 +15,13 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from report import Report, add_json_argument
 
 from megatron_med.data.gpt import PackedDataset
 from megatron_med.data.index import build_sample_index, shuffled_range
@@ -90,7 +91,8 @@ def _in_process(build: Callable[..., Any], sizes: npt.NDArray[np.int32], length:
     return result
 
 
-def _start_up(sizes: npt.NDArray[np.int32], length: int) -> None:
+def _start_up(sizes: npt.NDArray[np.int32], length: int) -> Iterator[tuple[str, float]]:
+    """Seconds to open the corpus and read a sample, with nothing in the cache and twice with everything."""
     with tempfile.TemporaryDirectory() as folder:
         prefix, cache = Path(folder) / "corpus", Path(folder) / "cache"
         with IndexedDatasetWriter(prefix, np.uint16) as writer:
@@ -100,7 +102,7 @@ def _start_up(sizes: npt.NDArray[np.int32], length: int) -> None:
         for name in ("cold", "warm", "warm"):
             start = time.perf_counter()
             PackedDataset(IndexedDataset(prefix), length, SEED, cache).sample(0)
-            print(f"open and first sample, {name} cache: {time.perf_counter() - start:.4f} s")
+            yield f"open and first sample, {name} cache", time.perf_counter() - start
 
 
 def main() -> None:
@@ -109,21 +111,24 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=46_700_000_000)
     parser.add_argument("--sequence-length", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
+    add_json_argument(parser)
     arguments = parser.parse_args()
     sizes = draw_lengths(arguments.documents, arguments.tokens)
-    print(f"{len(sizes):,} documents, {int(sizes.sum(dtype=np.int64)):,} tokens, {arguments.sequence_length} a sample")
-    results: dict[str, list[tuple[float, float, list[int]]]] = {"megatron-core": [], "megatron_med": []}
+    results: dict[str, list[tuple[float, float, list[int]]]] = {"megatron_med": [], "megatron-core": []}
     for _ in range(arguments.rounds):
         results["megatron-core"].append(_in_process(theirs, sizes, arguments.sequence_length))
         results["megatron_med"].append(_in_process(ours, sizes, arguments.sequence_length))
-    for name, rounds in results.items():
-        seconds, peak = (statistics.median(item[place] for item in rounds) for place in (0, 1))
-        print(f"{name:14} {seconds:6.2f} s, {peak:5.2f} GB above its start, sums of the arrays {rounds[0][2]}")
-    ratio = statistics.median(
-        a[0] / b[0] for a, b in zip(results["megatron_med"], results["megatron-core"], strict=True)
-    )
-    print(f"time of megatron-core's: {ratio:.1%}")
-    _start_up(sizes, arguments.sequence_length)
+    assert len({str(rounds[0][2]) for rounds in results.values()}) == 1, "the arrays differ"
+    settings = {"documents": len(sizes), "tokens": int(sizes.sum(dtype=np.int64)), "sample": arguments.sequence_length}
+    report = Report("index", settings | {"rounds": arguments.rounds})
+    report.add_turns({name: [one[0] for one in rounds] for name, rounds in results.items()})
+    for row in report.rows:
+        row["GB above the start"] = statistics.median(one[1] for one in results[row["contestant"]])
+    for name, seconds in _start_up(sizes, arguments.sequence_length):
+        report.rows.append({"contestant": name, "ms": 1e3 * seconds})
+    report.show()
+    if arguments.json:
+        report.write(arguments.json)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from report import Report, add_json_argument
 
 from megatron_med.data.blend import BlendedDataset
 from megatron_med.data.gpt import PackedDataset
@@ -32,7 +33,9 @@ for A100-80GB with one network card a node."""
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    add_json_argument(parser)
+    arguments = parser.parse_args()
+    report = Report("loader", {"rounds": arguments.rounds})
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         sizes = rng.lognormal(5.5, 1.0, 2_000_000).astype(np.int32) + 1
@@ -52,15 +55,16 @@ def main() -> None:
                 seed=1,
             )
             spent = []
-            for number in range(rounds):
+            for number in range(arguments.rounds):
                 start = time.perf_counter()
                 loader.load(number * batch // dp, batch // dp, number)
                 spent.append(time.perf_counter() - start)
             seconds = statistics.median(spent)
-            print(
-                f"{name}: {batch // dp} samples of {length} a rank and step in {seconds * 1e3:.0f} ms, "
-                f"{seconds / step:.2%} of a step of {step} s"
-            )
+            samples = f"{batch // dp} x {length}"
+            report.rows.append({"recipe": name, "samples": samples, "ms": 1e3 * seconds, "of a step": seconds / step})
+    report.show()
+    if arguments.json:
+        report.write(arguments.json)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,14 @@ All settings take turns, step by step, in one run; medians over the slowest rank
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from synthetic import make_config, make_step, random_ids, seconds_of
+from report import Report, add_json_argument
+from synthetic import make_config, make_step, random_ids, seconds_of, step_parser
 
-from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import OverlapConfig, ParallelConfig
 from megatron_med.config.validate import validate
 from megatron_med.errors import ConfigError, run_command
@@ -36,16 +34,12 @@ WARM_UP = 2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="llama-10m", choices=sorted(PRESETS))
+    parser = step_parser(__doc__, steps=9, micro_batches=4)
+    parser.set_defaults(precision="bf16")
+    add_json_argument(parser)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--pipeline", type=int, default=1)
     parser.add_argument("--schedule", default="1f1b", choices=("gpipe", "1f1b", "interleaved", "zero_bubble"))
-    parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--micro-batch-size", type=int, default=2)
-    parser.add_argument("--micro-batches", type=int, default=4)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--steps", type=int, default=9)
     arguments = parser.parse_args()
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     parallel = ParallelConfig(
@@ -77,12 +71,14 @@ def main() -> None:
             if turn >= WARM_UP:
                 seconds[name].append(slowest.item())
     if context.world.is_first:
-        base = statistics.median(seconds["all on"])
-        print(
-            f"{world_size} ranks, tensor {arguments.tensor}, pipeline {arguments.pipeline}: {base:.3f} s a step, all on"
-        )
-        for name, times in seconds.items():
-            print(f"{name:22} {statistics.median(times) / base:6.3f} of that time (median of {arguments.steps} steps)")
+        names = ("preset", "precision", "tensor", "pipeline", "schedule", "micro_batches", "steps")
+        named = {name: getattr(arguments, name) for name in names}
+        grid = f"{world_size} ranks, tensor {arguments.tensor}, pipeline {arguments.pipeline}, {arguments.schedule}"
+        report = Report(f"overlap {arguments.preset} {arguments.precision}, {grid}", named | {"ranks": world_size})
+        report.add_turns(seconds)
+        report.show()
+        if arguments.json:
+            report.write(arguments.json)
     dist.destroy_process_group()
 
 

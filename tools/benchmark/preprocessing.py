@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import statistics
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from report import Report, add_json_argument
 
 from megatron_med.data.jsonl import read_lines, text_of
 from megatron_med.data.preprocess import PreprocessOptions, preprocess
@@ -32,6 +33,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=60, help="of input, repeated until there is so much")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", type=float, help="gigabytes of input to measure peak memory over, no comparison")
+    add_json_argument(parser)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         size = arguments.memory * 1e9 if arguments.memory else arguments.megabytes * 1e6
@@ -42,7 +44,10 @@ def main() -> None:
         if arguments.memory:
             _measure_memory(options)
         else:
-            _compare(options, arguments.rounds)
+            report = _compare(options, arguments.rounds)
+            report.show()
+            if arguments.json:
+                report.write(arguments.json)
 
 
 def _repeated(inputs: list[Path], size: int, target: Path) -> Path:
@@ -60,7 +65,7 @@ def _has_text(line: Any) -> bool:
         return False
 
 
-def _compare(options: PreprocessOptions, rounds: int) -> None:
+def _compare(options: PreprocessOptions, rounds: int) -> Report:
     texts = [text_of(line, "text") for line in read_lines(options.inputs)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     ours, bare = [], []
@@ -69,13 +74,12 @@ def _compare(options: PreprocessOptions, rounds: int) -> None:
         start = time.perf_counter()
         summary = preprocess(options)
         ours.append(time.perf_counter() - start)
-    slow, fast = statistics.median(ours), statistics.median(bare)
-    tokens = summary.tokens / 1e6
-    print(f"{megabytes:.0f} MB of text, {summary.documents:,} documents, {options.workers} processes, {rounds} rounds")
-    print(f"bare library:  {megabytes / fast:6.2f} MB/s  {tokens / fast:5.2f}M tokens/s")
-    print(f"preprocessing: {megabytes / slow:6.2f} MB/s  {tokens / slow:5.2f}M tokens/s")
-    ratios = [b / o for b, o in zip(bare, ours, strict=True)]
-    print(f"of the bare library: {statistics.median(ratios):.1%} (rounds: {', '.join(f'{r:.1%}' for r in ratios)})")
+    settings = {"MB of text": round(megabytes), "documents": summary.documents, "processes": options.workers}
+    report = Report(f"preprocessing, {options.workers} processes", settings | {"rounds": rounds})
+    report.add_turns({"preprocessing": ours, "the bare library": bare})
+    for row in report.rows:
+        row |= {"MB/s": 1e3 * megabytes / row["ms"], "tokens/s": 1e3 * summary.tokens / row["ms"]}
+    return report
 
 
 def _bare(texts: list[str], options: PreprocessOptions) -> float:

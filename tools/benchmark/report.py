@@ -1,4 +1,7 @@
-"""Times of contestants that took turns: medians, ratios of pairs, and how far these spread. As a table and as JSON."""
+"""Times of contestants that took turns: medians, ratios of pairs, and how far these spread. As a table and as JSON.
+
+python tools/benchmark/report.py FILE      the tables of a file that all.sh has written
+"""
 
 from __future__ import annotations
 
@@ -124,6 +127,12 @@ def add_json_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", type=Path, help="adds the results to this file")
 
 
+def read(path: Path) -> tuple[dict[str, Any], list[Report]]:
+    """The machine, and what was measured on it."""
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    return whole["machine"], [Report(**result) for result in whole["results"].values()]
+
+
 def in_own_process(arguments: Sequence[str]) -> dict[str, Any]:
     """Runs a benchmark's script again in a process of its own and reads the JSON object of its last line."""
     done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, timeout=1800)
@@ -131,3 +140,17 @@ def in_own_process(arguments: Sequence[str]) -> dict[str, Any]:
         return {"error": done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"code {done.returncode}"}
     result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path)
+    found, reports = read(parser.parse_args().file)
+    print(", ".join(f"{name} {value}" for name, value in found.items() if value is not None))
+    for report in reports:
+        print(f"\n### {report.name}\n")
+        report.show()
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from report import Report, add_json_argument
 from synthetic import make_config, make_step, random_ids, seconds_of
 
 from megatron_med.checkpoint.folder import CheckpointState, step_folder
@@ -37,6 +38,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--folder", type=Path, help="where checkpoints go (default: a temporary folder)")
     parser.add_argument("--repeat", type=int, default=5)
+    add_json_argument(parser)
     arguments = parser.parse_args()
     device, _ = start_process_group(timedelta(minutes=10))
     context = create_context(ParallelConfig(), device)
@@ -74,9 +76,12 @@ def main() -> None:
             times.clear()  # the first background save makes its buffers
     if context.world.is_first:
         mine = sum(tensor.numel() * tensor.element_size() for tensor in shards.values())
-        print(f"{context.world.size} ranks, {mine / 1e6:,.0f} MB of state each")
-        for name, values in times.items():
-            print(f"{name:38} {statistics.median(values) * 1000:10,.0f} ms (median of {len(values)})")
+        named = {"preset": arguments.preset, "ranks": context.world.size, "MB of a rank": round(mine / 1e6)}
+        report = Report(f"saving {arguments.preset} {arguments.precision}", named | {"rounds": arguments.repeat})
+        report.rows = [{"what": name, "ms": 1e3 * statistics.median(values)} for name, values in times.items()]
+        report.show()
+        if arguments.json:
+            report.write(arguments.json)
         shutil.rmtree(folder, ignore_errors=True)
     dist.destroy_process_group()
 

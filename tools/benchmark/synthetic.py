@@ -80,11 +80,17 @@ def medians_in_turns(
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def add_step_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
-    """What a benchmark of training steps asks: model, batch, precision, steps and threads."""
+def step_parser(description: str | None, steps: int, micro_batches: int = 0) -> argparse.ArgumentParser:
+    """What a benchmark of training steps asks: model, batch, precision, steps; under torchrun micro-batches, else
+    threads."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="llama-10m", choices=sorted(PRESETS))
     parser.add_argument("--sequence-length", type=int, default=256)
-    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--micro-batch-size", type=int, default=2 if micro_batches else 4)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--threads", type=int, default=2)
+    if micro_batches:
+        parser.add_argument("--micro-batches", type=int, default=micro_batches)
+    else:
+        parser.add_argument("--threads", type=int, default=2)
+    return parser

@@ -8,7 +8,6 @@ matrix products. Peak memory is that of a process of its own for each, above wha
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import statistics
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from peers import NEEDS, make_peer, missing
 from report import Report, add_json_argument, in_own_process
-from synthetic import add_step_arguments, make_config, make_step, random_ids, seconds_in_turns
+from synthetic import make_config, make_step, random_ids, seconds_in_turns, step_parser
 
 from megatron_med.config.schema import Config
 from megatron_med.errors import run_command
@@ -31,8 +30,7 @@ OURS, PRODUCT = "megatron_med", "a product of 2,048^3"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_step_arguments(parser, steps=9)
+    parser = step_parser(__doc__, steps=9)
     parser.add_argument("--peers", nargs="*", choices=list(NEEDS), default=list(NEEDS), help="against which")
     parser.add_argument(
         "--memory-of", choices=[OURS, *NEEDS], help="measures one contestant's peak memory, and no time"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 from report import Report, add_json_argument
-from synthetic import add_step_arguments, make_config, make_step, random_ids, seconds_in_turns
+from synthetic import make_config, make_step, random_ids, seconds_in_turns, step_parser
 
 from megatron_med.config.schema import LoRAConfig, QuantizeConfig
 from megatron_med.errors import run_command
@@ -30,8 +30,7 @@ WAYS: dict[str, tuple[str, int, QuantizeConfig]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_step_arguments(parser, steps=9)
+    parser = step_parser(__doc__, steps=9)
     add_json_argument(parser)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

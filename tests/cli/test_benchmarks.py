@@ -1,0 +1,94 @@
+"""The benchmarks run, at sizes that say nothing about speed, and what they measure becomes tables and a picture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.processes import TIMEOUT, python, started_ranks
+
+FOLDER = "tools/benchmark"
+TINY = ("--preset", "llama-tiny", "--sequence-length", 16, "--micro-batch-size", 1, "--steps", 2)
+
+
+def _rows(file: Path, name: str) -> list[dict[str, Any]]:
+    result = json.loads(file.read_text(encoding="utf-8"))["results"][name]
+    assert result["name"] == name
+    return result["rows"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with a training step and its peers."""
+    file = tmp_path_factory.mktemp("benchmarks") / "new" / "b.json"
+    peers = ("--peers", "transformers", "litgpt", "--no-memory")
+    done = python(f"{FOLDER}/throughput.py", *TINY, *peers, "--json", file)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = _rows(file, "step llama-tiny fp32")
+    assert [row["contestant"] for row in rows][:2] == ["megatron_med", "transformers"]
+    assert rows[0]["ratio"] == 1
+    assert all(row["tokens/s"] == pytest.approx(16e3 / row["ms"]) for row in rows[:-1])
+    assert len(rows) == 4 or "left out: litgpt, not installed: pip install 'megatron_med[peers]'" in done.stdout
+    return file
+
+
+def test_a_file_becomes_tables_and_a_picture(measured: Path, tmp_path: Path) -> None:
+    told = python(f"{FOLDER}/report.py", measured).stdout
+    assert "### step llama-tiny fp32" in told
+    assert "| megatron_med |" in told
+    picture = tmp_path / "images" / "step.svg"
+    done = python(f"{FOLDER}/picture.py", measured, "--output", picture)
+    assert done.returncode == 0, done.stderr
+    assert "nothing but products" in picture.read_text(encoding="utf-8")
+    first = picture.read_bytes()
+    python(f"{FOLDER}/picture.py", measured, "--output", picture)
+    assert picture.read_bytes() == first, "the same file gives the same picture"
+
+
+def test_a_file_without_a_step_gives_no_picture(tmp_path: Path) -> None:
+    file = tmp_path / "empty.json"
+    file.write_text('{"machine": {}, "results": {}}')
+    done = python(f"{FOLDER}/picture.py", file, "--output", tmp_path / "x.svg")
+    assert done.returncode == 2
+    assert "holds no training step: run tools/benchmark/throughput.py --json first" in done.stderr
+
+
+def test_kernels_are_measured_against_torch_and_a_copy(tmp_path: Path) -> None:
+    file = tmp_path / "b.json"
+    done = python(f"{FOLDER}/kernels.py", "--kilobytes", 64, "--rounds", 2, "--threads", 1, "--json", file)
+    if "The C++ kernels are not installed" in done.stderr:
+        pytest.skip("csrc/kernels is not built")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = _rows(file, "kernels fp32 64000")
+    assert {row["kernel"].rpartition(" ")[2] for row in rows} == {"forward", "backward"}
+    assert all(row["GB/s"] > 0 and row["of copy"] > 0 and row["times torch"] > 0 for row in rows)
+
+
+def test_schedules_are_compared_with_what_the_simulator_says(tmp_path: Path) -> None:
+    file = tmp_path / "b.json"
+    script = (f"{FOLDER}/schedules.py", *TINY, "--micro-batches", 4, "--json", file)
+    with started_ranks(range(2), 2, *script) as processes:
+        for process in processes:
+            assert process.wait(TIMEOUT) == 0, process.output()[-2000:]
+    rows = _rows(file, "schedules llama-tiny fp32")
+    assert [row["contestant"] for row in rows] == ["gpipe", "1f1b", "interleaved", "zero_bubble"]
+    for row in rows:
+        assert row["predicted ms"] > 0
+        assert 0 < row["idle"] < 1
+    done = python(*script)
+    assert done.returncode == 2
+    assert "A pipeline has two stages at least: start it with torchrun --nproc-per-node 2" in done.stderr
+
+
+@pytest.mark.slow
+def test_scaling_starts_its_ranks(tmp_path: Path) -> None:
+    file = tmp_path / "b.json"
+    size = ("--preset", "llama-tiny", "--sequence-length", 16, "--micro-batch-size", 1, "--steps", 1, "--rounds", 1)
+    done = python(f"{FOLDER}/scaling.py", *size, "--ranks", 1, 2, "--json", file)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = _rows(file, "weak scaling llama-tiny fp32")
+    assert [row["ranks"] for row in rows] == [1, 2], done.stdout
+    assert rows[0]["of one rank's"] == 1
