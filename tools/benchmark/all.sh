@@ -13,11 +13,12 @@ measure() {
   echo "== $*"
   python "$here/$1.py" "${@:2}" || echo "$1 has failed; the others go on" >&2
 }
+reused() { MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 "$@"; } # memory is not given back and faulted in again
 step=(throughput --preset llama-58m --sequence-length 512 --micro-batch-size 4 --threads "$cores" --json "$file")
 for precision in fp32 bf16; do
   measure "${step[@]}" --precision "$precision"
-  measure kernels --precision "$precision" --threads "$cores" --json "$file"
-  measure kernels --precision "$precision" --threads "$cores" --kilobytes 64 --json "$file"
+  reused measure kernels --precision "$precision" --threads "$cores" --json "$file"
+  reused measure kernels --precision "$precision" --threads "$cores" --kilobytes 64 --json "$file"
 done
 launch() { # RANKS SCRIPT ...: one thread a rank
   echo "== $*"

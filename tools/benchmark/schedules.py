@@ -80,9 +80,7 @@ def main() -> None:
     arguments = parser.parse_args()
     stages = int(os.environ.get("WORLD_SIZE", "1"))
     if stages < 2:
-        raise ConfigError(
-            "A pipeline has two stages at least: torchrun --nproc-per-node 2 tools/benchmark/schedules.py"
-        )
+        raise ConfigError("A pipeline has two stages at least: start it with torchrun --nproc-per-node 2.")
     device, _ = start_process_group(timedelta(minutes=10))
     contestants = {}
     for schedule in GENERATORS:
