@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.cli.processes import TIMEOUT, python, started_ranks
+from tests.cli.processes import REPOSITORY, TIMEOUT, environment, python, started_ranks
 
 FOLDER = "tools/benchmark"
 TINY = ("--preset", "llama-tiny", "--sequence-length", 16, "--micro-batch-size", 1, "--steps", 2)
@@ -81,6 +83,31 @@ def test_schedules_are_compared_with_what_the_simulator_says(tmp_path: Path) -> 
     done = python(*script)
     assert done.returncode == 2
     assert "A pipeline has two stages at least: start it with torchrun --nproc-per-node 2" in done.stderr
+
+
+def test_all_are_called_with_options_that_they_take(tmp_path: Path) -> None:
+    """``all.sh`` with a python that only writes down what it is asked for."""
+    log, name = tmp_path / "log", tmp_path / "bin" / "python"
+    name.parent.mkdir()
+    name.write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    name.chmod(0o755)
+    env = environment() | {"PATH": f"{name.parent}:{os.environ['PATH']}"}
+    script = ["bash", str(REPOSITORY / FOLDER / "all.sh"), str(tmp_path / "b.json")]
+    done = subprocess.run(script, env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert "has failed" not in done.stderr
+    asked: dict[str, set[str]] = {}
+    for line in log.read_text().splitlines():
+        before, called, after = line.partition(".py ")
+        if not called:
+            continue  # a question about the processor
+        options = asked.setdefault(f"{before.split()[-1]}.py", set())
+        options |= {word for word in after.split() if word.startswith("--")}
+    measured = {Path(path).stem for path in asked}
+    assert {"throughput", "kernels", "schedules", "overlap", "scaling", "saving", "conversion"} <= measured
+    assert {"generation", "preprocessing", "index", "loader", "tuning"} <= measured
+    for path, options in asked.items():
+        told = python(path, "--help").stdout
+        assert not {option for option in options if f"{option} " not in told and f"{option}]" not in told}, path
 
 
 @pytest.mark.slow

@@ -15,14 +15,23 @@ measure() {
 }
 reused() { MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=-1 "$@"; } # memory is not given back and faulted in again
 step=(throughput --preset llama-58m --sequence-length 512 --micro-batch-size 4 --threads "$cores" --json "$file")
-for precision in fp32 bf16; do
+precisions=fp32
+if python -c '
+import sys, torch
+from megatron_med.kernels.linear import has_bf16_products
+sys.exit(not has_bf16_products(torch.device("cuda" if torch.cuda.is_available() else "cpu")))'; then
+  precisions="fp32 bf16"
+else
+  echo "bf16 is left out: this processor has no instructions for its products"
+fi
+for precision in $precisions; do
   measure "${step[@]}" --precision "$precision"
   reused measure kernels --precision "$precision" --threads "$cores" --json "$file"
   reused measure kernels --precision "$precision" --threads "$cores" --kilobytes 64 --json "$file"
 done
 launch() { # RANKS SCRIPT ...: one thread a rank
   echo "== $*"
-  OMP_NUM_THREADS=1 torchrun --standalone --nproc-per-node "$1" "$here/$2.py" "${@:3}" --json "$file" ||
+  OMP_NUM_THREADS=1 python -m torch.distributed.run --standalone --nproc-per-node "$1" "$here/$2.py" "${@:3}" --json "$file" ||
     echo "$2 has failed; the others go on" >&2
 }
 launch 2 schedules --micro-batches 8
@@ -39,7 +48,7 @@ python "$repository/tools/train_tokenizer.py" --input "$sample" --vocab-size 409
 measure preprocessing --input "$sample" --tokenizer "$tokenizer/bpe" --workers "$cores" --json "$file"
 measure loader --json "$file"
 measure index --json "$file"
-for precision in fp32 bf16; do
+for precision in $precisions; do
   measure generation --precision "$precision" --threads "$cores" --json "$file"
   measure tuning --preset llama-10m --precision "$precision" --threads "$cores" --json "$file"
 done
