@@ -118,6 +118,7 @@ def _begin(listener: socket.socket, waiting: selectors.BaseSelector) -> None:
         else:
             waiting.unregister(stub)
             with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)  # it may not have made its group yet
                 os.killpg(pid, signal.SIGKILL)
 
     def end() -> None:
