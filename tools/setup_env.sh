@@ -38,21 +38,32 @@ def flat(name):
 print("\n".join(flat(sys.argv[2])))
 PY
 }
+install() { # what pip would, in half the time where uv is on the PATH
+  local uv=(uv pip install --quiet --python "$venv/bin/python" --index-strategy unsafe-best-match) # the best of all indexes
+  uv+=(--reinstall-package megatron_med) # which it would not see to be changed by its C++
+  [ -z "${PIP_FIND_LINKS:-}" ] || uv+=(--find-links "$PIP_FIND_LINKS")
+  [ -z "${PIP_INDEX_URL:-}" ] || uv+=(--default-index "$PIP_INDEX_URL")
+  [ -z "${PIP_EXTRA_INDEX_URL:-}" ] || uv+=(--extra-index-url "$PIP_EXTRA_INDEX_URL")
+  if command -v uv > /dev/null; then
+    "${uv[@]}" "$@" >&2 && return
+    echo "uv did not; pip does it" >&2
+  fi
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" >&2
+}
 if ! ready "$extra" && ! ready test; then  # test holds every other extra that the scripts ask for
   echo "setting up $venv (once; a few minutes)" >&2
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-  pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
   constrained=(-c "$repository/constraints.txt")
   if built; then
     requirements > "$venv/requirements.txt"
-    "${pip[@]}" "${constrained[@]}" -r "$venv/requirements.txt" >&2
+    install "${constrained[@]}" -r "$venv/requirements.txt"
   else
     # torch comes first and pinned, so that nothing behind it pulls another build.
     index=()
     [ -z "${MEGATRON_MED_TORCH_INDEX:-}" ] || index=(--index-url "$MEGATRON_MED_TORCH_INDEX")
-    "${pip[@]}" ${index[@]+"${index[@]}"} torch==2.13.0 >&2  # bash 3.2 takes an empty list for an unset one
-    "${pip[@]}" "${constrained[@]}" setuptools wheel pybind11 >&2
-    "${pip[@]}" "${constrained[@]}" --no-build-isolation -e "$repository[$extra]" >&2
+    install ${index[@]+"${index[@]}"} torch==2.13.0  # bash 3.2 takes an empty list for an unset one
+    install "${constrained[@]}" setuptools wheel pybind11
+    install "${constrained[@]}" --no-build-isolation -e "$repository[$extra]"
   fi
   printf '%s' "$repository $state" > "$venv/.megatron_med-$extra"
 fi

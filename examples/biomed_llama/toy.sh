@@ -42,7 +42,7 @@ evaluate --checkpoint runs/continued --output results/continued --score biomed_l
 evaluate --checkpoint runs/continued --output results/few-shot --score biomed_llama --shots 3 \
   --tasks "medqa_4options=$questions/medqa_test.jsonl" --shots-from "$questions/medqa_train.jsonl"
 for run in mixture_a mixture_b; do
-  evaluate --checkpoint "runs/$run" --output "results/$run" --score biomed_llama text self_consistency "${asked[@]}"
+  evaluate --checkpoint "runs/$run" --output "results/$run" --score biomed_llama text self_consistency --limit 6 "${asked[@]}"
 done
 evaluate --checkpoint runs/one_task --output results/one_task --score text --tasks "medqa_4options=$questions/medqa_test.jsonl"
 

@@ -42,7 +42,7 @@ for task in pubmedqa bioasq; do
   evaluate --checkpoint "runs/$task-head" --output "results/$task-head" --score head \
     --tasks "$task=$questions/${task}_test.${files[$task]}"
 done
-evaluate --checkpoint runs/summaries --output results/summaries --tasks "meqsum=$questions/meqsum_test.csv"
+evaluate --checkpoint runs/summaries --output results/summaries --limit 6 --tasks "meqsum=$questions/meqsum_test.csv"
 
 say "export: a classifier for transformers, its logits compared"
 tool convert_checkpoint export --from runs/pubmedqa-head --to pubmedqa --verify

@@ -39,7 +39,7 @@ asked=(--tasks "medqa=$questions/medqa_test.jsonl" "medmcqa=$questions/medmcqa_t
 evaluate --checkpoint runs/meditron --output results/meditron-few-shot --score top_token --shots 3 \
   --tasks "medqa=$questions/medqa_test.jsonl" --shots-from "$questions/medqa_train.jsonl"
 evaluate --checkpoint runs/answers --output results/meditron-answers "${asked[@]}" --score top_token letter
-evaluate --checkpoint runs/thoughts --output results/meditron-thoughts "${asked[@]}" --score cot self_consistency --samples 3
+evaluate --checkpoint runs/thoughts --output results/meditron-thoughts "${asked[@]}" --score cot self_consistency --samples 3 --limit 6
 
 say "table"
 tool compare_results results/meditron-few-shot results/meditron-answers results/meditron-thoughts --output comparison

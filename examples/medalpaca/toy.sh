@@ -33,7 +33,7 @@ for step in step1 step2 step3; do
   asked+=("usmle_$step=$questions/$step.json")
 done
 for way in alpaca medalpaca_7b medalpaca_7b_lora medalpaca_7b_lora_int8 medalpaca_7b_lora_nf4; do
-  evaluate --checkpoint "runs/$way" --output "results/$way" --score medalpaca --limit 10 --tasks "${asked[@]}"
+  evaluate --checkpoint "runs/$way" --output "results/$way" --score medalpaca --limit 4 --tasks "${asked[@]}"
 done
 
 say "table"
