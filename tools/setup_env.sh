@@ -44,6 +44,7 @@ install() { # what pip would, in half the time where uv is on the PATH
   [ -z "${PIP_FIND_LINKS:-}" ] || uv+=(--find-links "$PIP_FIND_LINKS")
   [ -z "${PIP_INDEX_URL:-}" ] || uv+=(--default-index "$PIP_INDEX_URL")
   [ -z "${PIP_EXTRA_INDEX_URL:-}" ] || uv+=(--extra-index-url "$PIP_EXTRA_INDEX_URL")
+  [ -z "${PIP_CERT:-}" ] || local -x SSL_CERT_FILE=$PIP_CERT
   if command -v uv > /dev/null; then
     "${uv[@]}" "$@" >&2 && return
     echo "uv did not; pip does it" >&2
