@@ -4,7 +4,7 @@
 namespace {
 
 // Of names and arguments, the same as in megatron_med/kernels/native.py: what was built from older sources is refused.
-int64_t version() { return 2; }
+int64_t version() { return 3; }
 
 }  // namespace
 
@@ -22,6 +22,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megatron_med, library) {
   library.def(
       "split_qkv_forward(Tensor mixed, Tensor? cos, Tensor? sin, int queries) -> (Tensor, Tensor, Tensor)");
   library.def("split_qkv_backward(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin) -> Tensor");
+  library.def(
+      "causal_attention_forward(Tensor query, Tensor key, Tensor value, Tensor? borders) -> (Tensor, Tensor)");
+  library.def(
+      "causal_attention_backward(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
+      "Tensor? borders) -> (Tensor, Tensor, Tensor)");
   library.def("swiglu_forward(Tensor gate_up) -> Tensor");
   library.def("swiglu_backward(Tensor grad, Tensor gate_up) -> Tensor");
   library.def(

@@ -34,17 +34,17 @@ train 1 "$here/instruct/mixture_b.yaml" mixture_b --base runs/continued --length
 train 1 "$here/instruct/one_task.yaml" one_task --base runs/continued --length 512 --steps 9 --train medqa
 
 say "scores: word perplexity, likelihood of each option's text, few-shot, exact strings, self-consistency"
-asked=(--tasks "medqa_4options=$questions/medqa_test.jsonl" "pubmedqa=$questions/pubmedqa_test.json")
+asked=(--limit 10 --tasks "medqa_4options=$questions/medqa_test.jsonl" "pubmedqa=$questions/pubmedqa_test.json")
 evaluate --checkpoint runs/base --output results/base --score biomed_llama "${asked[@]}" \
   "pubmed_abstracts_perplexity=$output/valid.jsonl"
 evaluate --checkpoint runs/continued --output results/continued --score biomed_llama "${asked[@]}" \
   "pubmed_abstracts_perplexity=$output/valid.jsonl"
-evaluate --checkpoint runs/continued --output results/few-shot --score biomed_llama --shots 3 \
+evaluate --checkpoint runs/continued --output results/few-shot --score biomed_llama --shots 3 --limit 10 \
   --tasks "medqa_4options=$questions/medqa_test.jsonl" --shots-from "$questions/medqa_train.jsonl"
 for run in mixture_a mixture_b; do
-  evaluate --checkpoint "runs/$run" --output "results/$run" --score biomed_llama text self_consistency --limit 6 "${asked[@]}"
+  evaluate --checkpoint "runs/$run" --output "results/$run" --score biomed_llama text self_consistency "${asked[@]}"
 done
-evaluate --checkpoint runs/one_task --output results/one_task --score text --tasks "medqa_4options=$questions/medqa_test.jsonl"
+evaluate --checkpoint runs/one_task --output results/one_task --score text --limit 10 --tasks "medqa_4options=$questions/medqa_test.jsonl"
 
 say "table"
 tool compare_results results/* --output comparison

@@ -35,11 +35,11 @@ train 1 "$here/sft/7b.yaml" answers --base checkpoints/meditron --train medqa --
 train 2 "$here/sft/7b.yaml" thoughts --base checkpoints/meditron --train medmcqa-cot --length 768 --steps 8 --tensor 2
 
 say "scores: few-shot, top-token, chain of thought, self-consistency"
-asked=(--tasks "medqa=$questions/medqa_test.jsonl" "medmcqa=$questions/medmcqa_test.jsonl")
-evaluate --checkpoint runs/meditron --output results/meditron-few-shot --score top_token --shots 3 \
+asked=(--limit 10 --tasks "medqa=$questions/medqa_test.jsonl" "medmcqa=$questions/medmcqa_test.jsonl")
+evaluate --checkpoint runs/meditron --output results/meditron-few-shot --score top_token --shots 3 --limit 10 \
   --tasks "medqa=$questions/medqa_test.jsonl" --shots-from "$questions/medqa_train.jsonl"
 evaluate --checkpoint runs/answers --output results/meditron-answers "${asked[@]}" --score top_token letter
-evaluate --checkpoint runs/thoughts --output results/meditron-thoughts "${asked[@]}" --score cot self_consistency --samples 3 --limit 6
+evaluate --checkpoint runs/thoughts --output results/meditron-thoughts "${asked[@]}" --score cot self_consistency --samples 3
 
 say "table"
 tool compare_results results/meditron-few-shot results/meditron-answers results/meditron-thoughts --output comparison

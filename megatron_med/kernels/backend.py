@@ -3,8 +3,8 @@
 An operation is a function of this package; what stands in its module in plain torch is its ``reference``
 implementation. Others are listed here with the module that holds them, under the same name and with the same arguments,
 best first. What is chosen depends on what is installed and what is asked for (``kernels`` of the configuration), so
-that it is the same for the whole run; a module may have ``takes(tensor)``, which says of a call's first tensor whether
-it can be served, by its type for example. bitsandbytes, unless asked for, serves on a GPU only: on a CPU plain torch is
+that it is the same for the whole run; a module may have ``takes``, which says of a call's arguments whether it can be
+served, by their type for example. bitsandbytes, unless asked for, serves on a GPU only: on a CPU plain torch is
 as fast. ``native``, the kernels of ``csrc``, serves on a CPU, where they were compiled.
 """
 
@@ -25,6 +25,7 @@ REFERENCE, BITSANDBYTES, NATIVE = "reference", "bitsandbytes", "native"
 _IN_BITSANDBYTES = ((BITSANDBYTES, "megatron_med.kernels.bitsandbytes"),)
 _IN_NATIVE = ((NATIVE, "megatron_med.kernels.native"),)
 _IN_FUSED = ((NATIVE, "megatron_med.kernels.fused"),)
+_IN_ATTENTION = ((NATIVE, "megatron_med.kernels.causal_attention"),)
 _NEEDS = {BITSANDBYTES: "bitsandbytes", NATIVE: "_megatron_med_kernels"}
 _DEVICES = {BITSANDBYTES: "cuda", NATIVE: "cpu"}
 _TOLD = {BITSANDBYTES: " on a GPU, else reference", NATIVE: " on a CPU, else reference"}
@@ -40,7 +41,7 @@ OPERATIONS: dict[str, tuple[tuple[str, str], ...]] = {
     "swiglu": _IN_FUSED,
     "gelu_tanh": _IN_FUSED,
     "split_qkv": _IN_FUSED,
-    "attention": (),
+    "attention": _IN_ATTENTION,
     "cross_entropy_forward": _IN_FUSED,
     "cross_entropy_backward": _IN_FUSED,
     "int8_matmul": _IN_BITSANDBYTES,
@@ -127,15 +128,15 @@ def operation(reference: F) -> F:
         return reference
 
     @wraps(reference)
-    def chosen(*arguments: Any) -> Any:
+    def chosen(*arguments: Any, **options: Any) -> Any:
         for name, module in _available(reference.__name__):
             asked_for = name == _asked == BITSANDBYTES  # then it serves on a CPU, too
             if name in _DEVICES and not asked_for and _DEVICES[name] != (_in_place_of or arguments[0].device.type):
                 continue
             implementation = importlib.import_module(module)
-            if not hasattr(implementation, "takes") or implementation.takes(arguments[0]):
-                return getattr(implementation, reference.__name__)(*arguments)
-        return reference(*arguments)
+            if not hasattr(implementation, "takes") or implementation.takes(*arguments, **options):
+                return getattr(implementation, reference.__name__)(*arguments, **options)
+        return reference(*arguments, **options)
 
     return chosen  # type: ignore[return-value]
 

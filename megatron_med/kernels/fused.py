@@ -13,7 +13,7 @@ from megatron_med.kernels.native import OPERATIONS
 from megatron_med.kernels.opaque import NAMESPACE, Cost, declare_cost
 
 
-def takes(x: Tensor) -> bool:
+def takes(x: Tensor, *_: Any) -> bool:
     """Whether there is a kernel for its type."""
     return x.dtype in (torch.float32, torch.bfloat16)
 

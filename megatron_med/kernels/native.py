@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from megatron_med.errors import ConfigError
 from megatron_med.kernels.opaque import NAMESPACE
 
-VERSION = 2
+VERSION = 3
 """Of the operations' names and arguments, the same as in ``csrc/kernels/registration.cpp``."""
 _AGAIN = (
     "pip install --no-build-isolation -e . builds them again; with kernels: reference plain torch serves in their place"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,11 +20,15 @@ class Cost:
         flops: floating-point operations.
         bytes: moved between device memory and the processor.
         workspace: bytes of memory that the call needs for itself while it runs.
+        kind: how the device's share of its peak is named, as in ``tracing``.
+        shape: of attention (heads x samples, queries, keys, head_dim).
     """
 
     flops: float
     bytes: int
     workspace: int = 0
+    kind: Literal["opaque", "attention_forward", "attention_backward"] = "opaque"
+    shape: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")

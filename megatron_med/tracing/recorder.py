@@ -136,7 +136,7 @@ class Recorder(TorchDispatchMode):
         writes = {self._number(tensor, is_new=True): _extent(tensor) for tensor in outputs}
         self.peak = max(self.peak, self.live + cost.workspace)
         reads = {self._number(inputs[0]): cost.bytes - sum(writes.values())}
-        self.trace.events.append(Kernel("opaque", function._opname, cost.flops, (0, 0, 0, 0), reads, writes))
+        self.trace.events.append(Kernel(cost.kind, function._opname, cost.flops, cost.shape, reads, writes))
         return out
 
     @staticmethod

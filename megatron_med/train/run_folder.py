@@ -20,6 +20,7 @@ from megatron_med.checkpoint.folder import (
     remove_partials,
     set_aside,
     set_newer_aside,
+    step_folder,
 )
 from megatron_med.errors import CheckpointError, ConfigError
 from megatron_med.files import RUN_IDENTITY, remove_leftovers, write_json, write_text
@@ -148,12 +149,14 @@ class RunFolder:
             )
         steps = complete_steps(self.checkpoints)
         folder = named_by_latest(self.checkpoints)
+        witness = next((self.path / name for name in (COMMITTED, EXIT) if self._tells_of_a_save(name)), None)
+        if folder is None and len(steps) == 1 and witness is None:
+            return step_folder(self.checkpoints, steps[0])  # killed in its first save, just before 'latest' was written
         if folder is None and steps:
             raise ConfigError(
                 f"{self.checkpoints} holds steps {steps} but no file 'latest': write the name of the step to go on "
                 "from into it."
             )
-        witness = next((self.path / name for name in (COMMITTED, EXIT) if self._tells_of_a_save(name)), None)
         if folder is None and witness is not None:
             raise ConfigError(
                 f"{self.checkpoints} holds no checkpoint, and {witness} says that this run has saved some. Bring them "

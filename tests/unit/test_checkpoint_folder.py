@@ -18,7 +18,7 @@ from megatron_med.checkpoint.load import check_model, check_tokenizer, verify_ch
 from megatron_med.checkpoint.storage import Reader, write_streaming
 from megatron_med.config.presets import PRESETS
 from megatron_med.config.schema import ModelConfig
-from megatron_med.errors import CheckpointError
+from megatron_med.errors import CheckpointError, ConfigError
 from megatron_med.parallel.context import single_process_context
 from megatron_med.train.run_folder import RunFolder
 
@@ -230,6 +230,21 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_taken(tmp_path: Path, da
     if expected == good:  # nothing before it: no silent start from random weights
         with pytest.raises(CheckpointError, match="is missing"):
             run.step_back(good, CheckpointError("it is missing"))
+
+
+def test_a_run_that_was_killed_before_its_first_latest_goes_on_from_the_step_it_had_saved(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    step = _save(run.checkpoints, 10)
+    (run.checkpoints / "latest").unlink()
+    assert run.resume_point() == step
+    run.record_commit(10)  # the save had ended: somebody took the file away, and says which step is meant
+    with pytest.raises(ConfigError, match=r"holds steps \[10\] but no file 'latest'"):
+        run.resume_point()
+    (run.path / "committed.json").unlink()
+    _save(run.checkpoints, 20)
+    (run.checkpoints / "latest").unlink()
+    with pytest.raises(ConfigError, match=r"holds steps \[10, 20\]"):
+        run.resume_point()
 
 
 def test_another_model_is_refused_field_by_field() -> None:

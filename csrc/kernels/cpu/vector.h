@@ -144,8 +144,8 @@ inline float largest(Floats x) {
   return found;
 }
 
-// e^x for x <= 88, within 2 units in the last place; 0 below -87. 2^n * e^r with r = x - n ln 2 in two parts, and the
-// Taylor polynomial of degree 7 for |r| <= ln(2)/2.
+// e^x for x <= 88, within 2 units in the last place; 0 below -87; what is not a number stays so. 2^n * e^r with
+// r = x - n ln 2 in two parts, and the Taylor polynomial of degree 7 for |r| <= ln(2)/2.
 inline Floats exp(Floats x) {
   const Floats bounded = x > -87.0f ? x : broadcast(-87.0f);
   const Floats shifted = bounded * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: what is added rounds to a whole number
@@ -159,7 +159,7 @@ inline Floats exp(Floats x) {
   y = y * r + 1.0f;
   y = y * r + 1.0f;
   const Ints exponent = (__builtin_convertvector(n, Ints) + 127) << 23;
-  return x > -87.0f ? y * bit_cast<Floats>(exponent) : Floats{};
+  return x > -87.0f ? y * bit_cast<Floats>(exponent) : x == x ? Floats{} : x;
 }
 
 // 1 / (1 + e^-x), without overflow.
