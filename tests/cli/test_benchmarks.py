@@ -69,6 +69,20 @@ def test_kernels_are_measured_against_torch_and_a_copy(tmp_path: Path) -> None:
     assert all(row["GB/s"] > 0 and row["of copy"] > 0 and row["times torch"] > 0 for row in rows)
 
 
+def test_attention_is_measured_against_torch_and_a_product(tmp_path: Path) -> None:
+    file = tmp_path / "b.json"
+    tiny = ("--tokens", 32, "--heads", 2, "--groups", 1, "--rounds", 2, "--threads", 1)
+    done = python(f"{FOLDER}/attention.py", "--sequence-lengths", 16, 32, *tiny, "--json", file)
+    if "The C++ kernels are not installed" in done.stderr:
+        pytest.skip("csrc/kernels is not built")
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = _rows(file, "attention")
+    assert [(row["sequence"], row["direction"]) for row in rows[1:3]] == [(16, "backward"), (32, "forward")]
+    assert all(row["ms"] > 0 and row["times torch"] > 0 and 0 < row["of products"] < 1 for row in rows)
+    done = python(f"{FOLDER}/attention.py", "--sequence-lengths", 64, *tiny)
+    assert (done.returncode, done.stderr) == (2, "error: --sequence-lengths must lie between 1 and --tokens.\n")
+
+
 def test_schedules_are_compared_with_what_the_simulator_says(tmp_path: Path) -> None:
     file = tmp_path / "b.json"
     script = (f"{FOLDER}/schedules.py", *TINY, "--micro-batches", 4, "--json", file)
@@ -103,7 +117,7 @@ def test_all_are_called_with_options_that_they_take(tmp_path: Path) -> None:
         options = asked.setdefault(f"{before.split()[-1]}.py", set())
         options |= {word for word in after.split() if word.startswith("--")}
     measured = {Path(path).stem for path in asked}
-    assert {"throughput", "kernels", "schedules", "overlap", "scaling", "saving", "conversion"} <= measured
+    assert {"throughput", "kernels", "attention", "schedules", "overlap", "scaling", "saving", "conversion"} <= measured
     assert {"generation", "preprocessing", "index", "loader", "tuning"} <= measured
     for path, options in asked.items():
         told = python(path, "--help").stdout

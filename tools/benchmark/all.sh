@@ -29,6 +29,7 @@ for precision in $precisions; do
   reused measure kernels --precision "$precision" --threads "$cores" --json "$file"
   reused measure kernels --precision "$precision" --threads "$cores" --kilobytes 64 --json "$file"
 done
+measure attention --threads "$cores" --json "$file"
 launch() { # RANKS SCRIPT ...: one thread a rank
   echo "== $*"
   OMP_NUM_THREADS=1 python -m torch.distributed.run --standalone --nproc-per-node "$1" "$here/$2.py" "${@:3}" --json "$file" ||

@@ -102,9 +102,9 @@ def main() -> None:
 
 def _measure(name: str, size: int, dtype: torch.dtype, arguments: argparse.Namespace, report: Report) -> None:
     operation = OPERATIONS[name](size // dtype.itemsize, dtype)
-    forms = {"ours": _with("auto"), "torch": _with("reference")}
+    forms = {"ours": implemented_with("auto"), "torch": implemented_with("reference")}
     if arguments.compiled:
-        forms["compiled"] = lambda call: torch.compile(_with("reference")(call))
+        forms["compiled"] = lambda call: torch.compile(implemented_with("reference")(call))
     cases = {form: Case(operation, implement) for form, implement in forms.items()}
     for direction in ("forward", "backward"):
         moved = getattr(cases["ours"], f"{direction}_bytes")
@@ -126,7 +126,7 @@ def _report(name: str, seconds: dict[str, list[float]], moved: int, report: Repo
     report.rows.append(row)
 
 
-def _with(kernels: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def implemented_with(kernels: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a call use what ``kernels`` of the configuration asks for."""
 
     def implement(call: Callable[..., Any]) -> Callable[..., Any]:

@@ -42,6 +42,8 @@ std::vector<Document> documents_of(const std::optional<Tensor>& borders, int64_t
   return found;
 }
 
+constexpr int64_t kProductsOfAThread = 1 << 18;  // fewer multiplications are not worth waking another one
+
 struct Shape {
   int64_t seq;
   int64_t batch;
@@ -79,11 +81,13 @@ float* statistics_of(const Tensor& logsumexp, const Shape& shape, const Document
 // Calls work(document, part, memory) for all parts of all documents. A thread gets about as many pairs of tokens as
 // another, and a part is one thread's from beginning to end: the result does not depend on how many there are.
 template <typename Work>
-void over_parts(const std::vector<Document>& documents, int64_t parts, int64_t floats, const Work& work) {
+void over_parts(const std::vector<Document>& documents, int64_t parts, int64_t head_dim, int64_t floats,
+                const Work& work) {
   int64_t total = 0;
   for (const Document& document : documents) total += document.length * document.length * parts;
   if (total == 0) return;
-  const int64_t shares = torch::stable::get_num_threads();
+  const int64_t worth = std::max<int64_t>(1, total * head_dim / kProductsOfAThread);
+  const int64_t shares = std::min<int64_t>(torch::stable::get_num_threads(), worth);
   torch::stable::parallel_for(0, shares, 1, [&](int64_t first, int64_t last) {
     std::vector<float> memory;
     int64_t before = 0;
@@ -115,7 +119,7 @@ std::tuple<Tensor, Tensor> forward(Tensor query, Tensor key, Tensor value, std::
   const auto documents = documents_of(borders, shape.batch, shape.seq);
   const int64_t of_group = shape.heads / shape.groups;
   const int64_t floats = MEGATRON_MED_DISPATCH(attention_forward_floats, longest_of(documents), shape.head_dim);
-  over_parts(documents, shape.heads, floats, [&](const Document& document, int64_t head, float* memory) {
+  over_parts(documents, shape.heads, shape.head_dim, floats, [&](const Document& document, int64_t head, float* memory) {
     const AttentionForward task{rows_of(query, document, head),
                                 rows_of(key, document, head / of_group),
                                 rows_of(value, document, head / of_group),
@@ -148,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad, Tensor query, Tensor ke
   const int64_t of_group = shape.heads / shape.groups;
   const int64_t floats =
       MEGATRON_MED_DISPATCH(attention_backward_floats, of_group, longest_of(documents), shape.head_dim);
-  over_parts(documents, shape.groups, floats, [&](const Document& document, int64_t group, float* memory) {
+  over_parts(documents, shape.groups, shape.head_dim, floats, [&](const Document& document, int64_t group, float* memory) {
     const int64_t head = group * of_group;
     const AttentionBackward task{rows_of(query, document, head),
                                  rows_of(key, document, group),
