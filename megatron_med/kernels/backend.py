@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
+from types import ModuleType
 from typing import Any, TypeVar
 
 from megatron_med.errors import ConfigError
@@ -127,18 +128,31 @@ def operation(reference: F) -> F:
     if not OPERATIONS[reference.__name__]:
         return reference
 
+    name = reference.__name__
+
     @wraps(reference)
     def chosen(*arguments: Any, **options: Any) -> Any:
-        for name, module in _available(reference.__name__):
-            asked_for = name == _asked == BITSANDBYTES  # then it serves on a CPU, too
-            if name in _DEVICES and not asked_for and _DEVICES[name] != (_in_place_of or arguments[0].device.type):
-                continue
-            implementation = importlib.import_module(module)
-            if not hasattr(implementation, "takes") or implementation.takes(*arguments, **options):
-                return getattr(implementation, reference.__name__)(*arguments, **options)
+        device = _in_place_of or getattr(getattr(arguments[0], "device", None), "type", None)
+        for module in _modules(OPERATIONS[name], _asked, device, _is_installed):
+            takes = getattr(module, "takes", None)
+            if takes is None or takes(*arguments, **options):
+                return getattr(module, name)(*arguments, **options)
         return reference(*arguments, **options)
 
     return chosen  # type: ignore[return-value]
+
+
+@cache  # a call of a small kernel takes less time than to find it
+def _modules(
+    listed: tuple[tuple[str, str], ...], asked: str, device: str | None, is_installed: Callable[[str], bool]
+) -> tuple[ModuleType, ...]:
+    """Those of ``listed`` that serve on a device (``cpu``, ``cuda``), best first."""
+    serve = [
+        module
+        for name, module in _wanted(listed, asked, is_installed)
+        if name not in _DEVICES or _DEVICES[name] == device or name == asked == BITSANDBYTES  # then on a CPU, too
+    ]
+    return tuple(importlib.import_module(module) for module in serve)
 
 
 def serves(name: str, operation: str, device: str) -> bool:
@@ -157,10 +171,16 @@ def say_that_native_is_missing() -> None:
 
 def _available(operation: str) -> list[tuple[str, str]]:
     """Implementations that are installed, and wanted."""
-    if _asked == REFERENCE:
+    return _wanted(OPERATIONS[operation], _asked, _is_installed)
+
+
+def _wanted(
+    listed: tuple[tuple[str, str], ...], asked: str, is_installed: Callable[[str], bool]
+) -> list[tuple[str, str]]:
+    if asked == REFERENCE:
         return []
-    found = [(name, module) for name, module in OPERATIONS[operation] if _is_installed(module)]
-    return [(name, module) for name, module in found if name not in _NEEDS or _is_installed(_NEEDS[name])]
+    found = [(name, module) for name, module in listed if is_installed(module)]
+    return [(name, module) for name, module in found if name not in _NEEDS or is_installed(_NEEDS[name])]
 
 
 @cache

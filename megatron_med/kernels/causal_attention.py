@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
 from megatron_med.kernels.functional import PackedDocuments
-from megatron_med.kernels.native import OPERATIONS
+from megatron_med.kernels.native import OPERATIONS, KernelFunction
 from megatron_med.kernels.opaque import NAMESPACE, Cost, declare_cost
 
 
@@ -38,10 +37,10 @@ def attention(
 ) -> Tensor:
     """See ``functional.attention``."""
     borders = None if documents is None else documents.cu_seqlens
-    return _CausalAttention.apply(query.contiguous(), key.contiguous(), value.contiguous(), borders).flatten(2)
+    return _CausalAttention.call(query.contiguous(), key.contiguous(), value.contiguous(), borders).flatten(2)
 
 
-class _CausalAttention(Function):
+class _CausalAttention(KernelFunction):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, borders: Tensor | None) -> Tensor:
         out, logsumexp = OPERATIONS.causal_attention_forward(query, key, value, borders)

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 
-from megatron_med.kernels.native import OPERATIONS
+from megatron_med.kernels.native import OPERATIONS, KernelFunction
 from megatron_med.kernels.opaque import NAMESPACE, Cost, declare_cost
 
 
@@ -20,10 +19,10 @@ def takes(x: Tensor, *_: Any) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``functional.rms_norm``."""
-    return _RMSNorm.apply(x.contiguous(), weight, eps)
+    return _RMSNorm.call(x.contiguous(), weight, eps)
 
 
-class _RMSNorm(Function):
+class _RMSNorm(KernelFunction):
     """Keeps 1 / rms of each row, fp32."""
 
     @staticmethod
@@ -41,10 +40,10 @@ class _RMSNorm(Function):
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See ``functional.layer_norm``."""
-    return _LayerNorm.apply(x.contiguous(), weight, bias, eps)
+    return _LayerNorm.call(x.contiguous(), weight, bias, eps)
 
 
-class _LayerNorm(Function):
+class _LayerNorm(KernelFunction):
     """Keeps mean and 1 / std of each row, fp32."""
 
     @staticmethod
@@ -63,10 +62,10 @@ class _LayerNorm(Function):
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """See ``functional.gelu_tanh``."""
-    return _Gelu.apply(x.contiguous())
+    return _Gelu.call(x.contiguous())
 
 
-class _Gelu(Function):
+class _Gelu(KernelFunction):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
@@ -80,10 +79,10 @@ class _Gelu(Function):
 def split_qkv(mixed: Tensor, queries: int, rotary: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
     """See ``functional.split_qkv``."""
     cos, sin = (None, None) if rotary is None else (angles.contiguous() for angles in rotary)
-    return _SplitQKV.apply(mixed.contiguous(), queries, cos, sin)
+    return _SplitQKV.call(mixed.contiguous(), queries, cos, sin)
 
 
-class _SplitQKV(Function):
+class _SplitQKV(KernelFunction):
     """Keeps cosines and sines, which all layers share."""
 
     @staticmethod
@@ -101,10 +100,10 @@ class _SplitQKV(Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """See ``functional.swiglu``."""
-    return _SwiGLU.apply(gate_up.contiguous())
+    return _SwiGLU.call(gate_up.contiguous())
 
 
-class _SwiGLU(Function):
+class _SwiGLU(KernelFunction):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)

@@ -134,6 +134,18 @@ def test_tensors_that_are_not_contiguous_and_empty_ones(name: str) -> None:
     _check((kernel, formula, [x[:0], *others], rest), torch.float32)
 
 
+@pytest.mark.parametrize("name", [*SMALL, "split_qkv (5, 2, 3, 6, 6)"])
+def test_where_no_graph_is_recorded_they_give_the_same(name: str) -> None:
+    kernel, _, tensors, rest = CASES[name]
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    with torch.no_grad():
+        alone = kernel(*leaves, *rest)
+    recorded = kernel(*leaves, *rest)
+    alone, recorded = (outs if isinstance(outs, tuple) else (outs,) for outs in (alone, recorded))
+    assert all(map(torch.equal, alone, recorded))
+    assert [out.requires_grad for out in (*alone, *recorded)] == [False] * len(alone) + [True] * len(recorded)
+
+
 def test_the_gradients_of_attention_come_in_its_layout() -> None:
     """``[batch, heads, seq, head_dim]`` seen as ``[seq, batch, heads, head_dim]``, and an expanded one."""
     mixed = _randn(6, 2, 3, 4, 8).requires_grad_()
