@@ -13,10 +13,10 @@ from tests.cli.processes import real_python
 from tests.large_models import write_llama
 
 CONFIG = LlamaConfig(
-    vocab_size=16_000,
+    vocab_size=32_000,
     hidden_size=2048,
     intermediate_size=5632,
-    num_hidden_layers=4,
+    num_hidden_layers=8,
     num_attention_heads=16,
     num_key_value_heads=4,
 )
@@ -46,7 +46,7 @@ print(resident("VmHWM") - before, held)
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """490 MB of bf16, an eighth of it in the largest tensor."""
+    """950 MB of bf16, an eighth of it in the largest tensor."""
     folder = tmp_path_factory.mktemp("base")
     write_llama(CONFIG, folder)
     import_huggingface(folder, folder / "checkpoint")
