@@ -41,6 +41,7 @@ PY
 install() { # what pip would, in half the time where uv is on the PATH
   local uv=(uv pip install --quiet --python "$venv/bin/python" --index-strategy unsafe-best-match) # the best of all indexes
   uv+=(--reinstall-package megatron_med) # which it would not see to be changed by its C++
+  [ -n "${PIP_NO_COMPILE:-}" ] || uv+=(--compile-bytecode)
   [ -z "${PIP_FIND_LINKS:-}" ] || uv+=(--find-links "$PIP_FIND_LINKS")
   [ -z "${PIP_INDEX_URL:-}" ] || uv+=(--default-index "$PIP_INDEX_URL")
   [ -z "${PIP_EXTRA_INDEX_URL:-}" ] || uv+=(--extra-index-url "$PIP_EXTRA_INDEX_URL")
