@@ -55,12 +55,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 TOGETHER = (
+    "tests/cli/test_adapters.py",
     "tests/cli/test_corpus.py",
+    "tests/cli/test_evaluate.py",
+    "tests/cli/test_generate.py",
+    "tests/cli/test_heads.py",
+    "tests/cli/test_instructions.py",
     "tests/cli/test_preprocess.py",
+    "tests/cli/test_reports.py",
     "tests/cli/test_slurm.py",
+    "tests/cli/test_tuning_recipes.py",
     "tests/distributed/test_checkpoint_topology.py",
+    "tests/distributed/test_lora.py",
+    "tests/distributed/test_parity.py",
+    "tests/distributed/test_quantized.py",
     "tests/golden/test_added_tokens.py",
+    "tests/golden/test_chat_templates.py",
     "tests/golden/test_evaluation.py",
+    "tests/golden/test_generation.py",
+    "tests/golden/test_quantizing_memory.py",
 )
 """Modules that make or import something costly once: one worker runs all of their tests."""
 
