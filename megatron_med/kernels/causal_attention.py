@@ -17,16 +17,7 @@ from megatron_med.kernels.native import OPERATIONS, KernelFunction
 from megatron_med.kernels.opaque import NAMESPACE, Cost, declare_cost
 
 
-def takes(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    causal: bool,
-    documents: PackedDocuments | None = None,
-    dropout: float = 0.0,
-    seed: int | None = None,
-) -> bool:
+def takes(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, dropout: float = 0.0, **_: Any) -> bool:
     """Whether the kernel serves: fp32 tokens that all see those before them, without dropout."""
     whole = causal and query.shape[0] == key.shape[0]
     return whole and not dropout and query.dtype == key.dtype == value.dtype == torch.float32
